@@ -1,0 +1,1 @@
+"""Makes smaller graphs from full-precision ones and reports what that costs. Imports nothing here."""

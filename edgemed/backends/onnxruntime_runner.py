@@ -1,0 +1,172 @@
+"""The onnxruntime back end: graphs on the CPU, or on an NVIDIA GPU with onnxruntime-gpu.
+
+State lives in fixed buffers that are bound as an input and as the output that replaces it, so a cache is updated in
+place and never copied. Covers no quantization and no engine building.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgemed.backends import Device, Outputs, empty_state
+from edgemed.errors import BackendUnavailable, BundleError, DeviceOutOfMemory, EdgemedError, InvalidInput, OutOfMemory
+from edgemed.graphs import Feeds, GraphSpec
+
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+_FATAL_ONLY = 4  # errors arrive as exceptions; onnxruntime would print them on stderr too
+
+
+class OnnxRuntimeRunner:
+    """Runs one ONNX file; see `edgemed.backends.Runner`."""
+
+    backend = "onnxruntime"
+
+    def __init__(self, artifact: Path, spec: GraphSpec, *, device: Device, threads: int | None = None) -> None:
+        import onnxruntime
+
+        self.spec = spec
+        self._on_gpu = _use_gpu(device, onnxruntime.get_available_providers())
+        self.device = f"GPU {device.index}" if self._on_gpu else "CPU"
+        self._session: Any = _open_session(artifact, self._on_gpu, device.index, threads)
+        self._check_names(artifact)
+        place = ("cuda", device.index) if self._on_gpu else ("cpu", 0)
+        make = onnxruntime.OrtValue.ortvalue_from_numpy  # on the CPU it shares the array's memory
+        self._state = {name: make(zeros, *place) for name, zeros in empty_state(spec).items()}
+        self._returned = [t.name for t in spec.returned_outputs]
+        self._binding: Any = self._session.io_binding()
+        for output, name in spec.state:
+            self._binding.bind_ortvalue_input(name, self._state[name])
+            self._binding.bind_ortvalue_output(output, self._state[name])
+        self._options = onnxruntime.RunOptions()
+        self._options.log_severity_level = _FATAL_ONLY
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Return the outputs that are not state. Raises InvalidInput where `feeds` do not fit the GraphSpec."""
+        if self._session is None:
+            raise InvalidInput(f"graph {self.spec.role}: this Runner was closed")
+        self.spec.check(feeds)
+        # Bound by address, so this dict must live until the run is over.
+        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        for name, array in contiguous.items():
+            self._binding.bind_cpu_input(name, array)
+        for name in self._returned:
+            self._binding.bind_output(name, "cpu")  # again each time: the shape may differ from the last call's
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise _run_error(self.spec.role, error, self._on_gpu) from error
+        # In the order they were first bound: the state, then what is returned. Copying them all would copy the cache.
+        values = self._binding.get_outputs()[len(self.spec.state) :]
+        return {name: value.numpy() for name, value in zip(self._returned, values, strict=True)}
+
+    def reset(self) -> None:
+        """Forget the state: every value of it is zero again."""
+        for name, zeros in empty_state(self.spec).items():
+            self._state[name].update_inplace(zeros)
+
+    def close(self) -> None:
+        """Give back memory and device. The Runner cannot run afterwards."""
+        self._binding = self._session = None
+        self._state.clear()
+
+    def _check_names(self, artifact: Path) -> None:
+        """Raise BundleError where the file's inputs or outputs are not those of the spec."""
+        for kind, found, expected in (
+            ("inputs", self._session.get_inputs(), self.spec.inputs),
+            ("outputs", self._session.get_outputs(), self.spec.outputs),
+        ):
+            names, wanted = {t.name for t in found}, {t.name for t in expected}
+            if names != wanted:
+                raise BundleError(
+                    f"{artifact.name} has {kind} {', '.join(sorted(names))}; the bundle's description says "
+                    f"{', '.join(sorted(wanted))}. Get the bundle again"
+                )
+
+
+def _use_gpu(device: Device, providers: list[str]) -> bool:
+    """Return whether to run on a GPU. Raises BackendUnavailable where one is asked for that onnxruntime cannot use."""
+    if device.kind == "gpu" and _CUDA not in providers:
+        raise BackendUnavailable(
+            f"device gpu was asked for, but this onnxruntime has no {_CUDA}. Install edgemed[gpu-ort] in place of "
+            "edgemed[cpu], or use --device cpu"
+        )
+    return device.kind == "gpu" or (device.kind == "auto" and _CUDA in providers)
+
+
+def _open_session(artifact: Path, on_gpu: bool, index: int, threads: int | None) -> Any:
+    """Return an InferenceSession of `artifact` on exactly the device that was chosen."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = threads or physical_cores()
+    options.inter_op_num_threads = 1
+    # Threads wait actively inside a run (a decoder step is some 40 short operations) but not between runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    providers: list[Any] = [(_CUDA, {"device_id": str(index)})] if on_gpu else []
+    try:
+        session = onnxruntime.InferenceSession(str(artifact), options, providers=[*providers, _CPU])
+        session.disable_fallback()
+    except Exception as error:
+        raise _load_error(artifact, error) from error
+    if on_gpu and _CUDA not in session.get_providers():
+        raise BackendUnavailable(
+            f"onnxruntime could not start {_CUDA} on GPU {index}: check the NVIDIA driver and the CUDA and cuDNN "
+            "libraries (edgemed[gpu-ort]), or use --device cpu"
+        )
+    return session
+
+
+def _load_error(artifact: Path, error: Exception) -> EdgemedError:
+    """Return the error to raise where onnxruntime refuses a file."""
+    reason = _first_line(error)
+    if "CUDA" in reason:
+        return BackendUnavailable(f"onnxruntime could not start the GPU: {reason}. Or use --device cpu")
+    if _is_memory(reason):
+        return OutOfMemory(f"{artifact.name} does not fit in memory: {reason}")
+    return BundleError(f"{artifact.name} cannot be opened by onnxruntime: {reason}. Get the bundle again")
+
+
+def _run_error(role: str, error: Exception, on_gpu: bool) -> EdgemedError:
+    """Return the error to raise where a run fails on inputs that fit the spec."""
+    reason = _first_line(error)
+    if _is_memory(reason):
+        kind = DeviceOutOfMemory if on_gpu else OutOfMemory
+        return kind(f"graph {role} ran out of memory: {reason}")
+    return InvalidInput(f"graph {role} cannot run on these inputs: {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    """Return onnxruntime's reason in one line, without its codes and without the rest of a stack.
+
+    >>> _first_line(RuntimeError("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load failed."))
+    'Load failed'
+    """
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return text.strip().rstrip(".")
+
+
+def _is_memory(reason: str) -> bool:
+    lowered = reason.lower()
+    return any(sign in lowered for sign in ("failed to allocate", "bad_alloc", "out of memory", "bad allocation"))
+
+
+def physical_cores() -> int:
+    """Return how many physical cores this process may use, at least 1; where that is not known, the logical ones."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, (os.cpu_count() or 1))
+    logical = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in logical:
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            return len(logical)
+    return max(1, len(siblings))

@@ -1,0 +1,29 @@
+"""`edgemed export`: a checkpoint in, a bundle of ONNX graphs out, compared with torch before anything is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgemed.cli.extras import need
+from edgemed.cli.verbs import debug_option
+from edgemed.errors import CannotRead
+
+
+@click.command("export", short_help="Make a bundle from a checkpoint.")
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("-o", "output", required=True, metavar="BUNDLE", help="Folder to write; it must not exist yet.")
+@debug_option
+def command(checkpoint: str, output: str) -> None:
+    """Turn the folder CHECKPOINT into a bundle of ONNX graphs.
+
+    Fails, and writes nothing, if the graphs do not compute what torch does.
+    """
+    if not Path(checkpoint).exists():
+        raise CannotRead(f"cannot read {checkpoint}: there is no such file or folder; a checkpoint was expected")
+    need(("torch", "onnx", "onnxscript", "onnxruntime"), "export", "export")
+    from edgemed.export import export_bundle
+
+    bundle = export_bundle(Path(checkpoint), Path(output))
+    print(f"wrote {bundle.path}, sha256 {bundle.digest}")

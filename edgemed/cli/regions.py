@@ -1,0 +1,56 @@
+"""The text of --region as a PromptRegion: box:x0,y0,x1,y1 | point:x,y | mask:FILE.png, in pixels of the shown frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from edgemed.core import PromptRegion, Scan
+from edgemed.errors import EdgemedError, InvalidInput
+
+COUNTS = {"box": 4, "point": 2}
+
+
+def read_region(text: str, scan: Scan, read: Callable[[str], Scan]) -> PromptRegion:
+    """Return the region that `text` names, checked against the scan; `read` reads the picture of a mask.
+
+    Raises EdgemedError (usage) if the text has another form, InvalidInput if the place is empty or not inside the scan,
+    and what reading a picture raises for a mask file.
+    """
+    kind, _, value = text.partition(":")
+    if kind == "mask" and value:
+        return _mask(read(value), value, scan)
+    numbers = _numbers(value)
+    if COUNTS.get(kind) != len(numbers):
+        raise EdgemedError(f"region {text!r} has another form than box:x0,y0,x1,y1, point:x,y or mask:FILE.png")
+    xs, ys = numbers[0::2], numbers[1::2]
+    end = 1 if kind == "point" else 0  # a point is in a pixel, a box may end at the far edge
+    if min(numbers) < 0 or max(xs) > scan.columns - end or max(ys) > scan.rows - end:
+        size = f"{scan.columns} columns and {scan.rows} rows"
+        raise InvalidInput(f"region {text} is not inside the scan, which has {size}")
+    if kind == "point":
+        return PromptRegion("point", point=(numbers[0], numbers[1]))
+    return PromptRegion("box", box=(numbers[0], numbers[1], numbers[2], numbers[3]))
+
+
+def _numbers(value: str) -> list[float]:
+    """Return the finite numbers between the commas of `value`, or none if one of them is not a number."""
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        return []
+    return numbers if all(math.isfinite(n) for n in numbers) else []
+
+
+def _mask(picture: Scan, path: str, scan: Scan) -> PromptRegion:
+    """Return the region of the pixels of a picture that are not black."""
+    if (picture.rows, picture.columns) != (scan.rows, scan.columns):
+        raise InvalidInput(
+            f"mask file {path} has {picture.columns} x {picture.rows} pixels; "
+            f"{scan.columns} x {scan.rows} as the scan was expected"
+        )
+    inside = picture.pixels[0] > 0
+    mask = inside.any(axis=-1) if inside.ndim == 3 else inside
+    if not mask.any():
+        raise InvalidInput(f"mask file {path} is black all over; the region must have other pixels")
+    return PromptRegion("mask", mask=mask)

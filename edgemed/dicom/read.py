@@ -1,0 +1,61 @@
+"""One frame of one file -> a Scan, in this process. `worker` runs it behind limits; nothing else should call it."""
+
+from __future__ import annotations
+
+import re
+
+from edgemed.core import Scan, Window
+from edgemed.dicom.limits import Limits
+from edgemed.dicom.sniff import sniff
+from edgemed.errors import InvalidInput
+
+_UID = re.compile(r"[0-9.]{1,64}\Z")
+_MODALITY = re.compile(r"[A-Z0-9_ ]{1,16}\Z")
+
+
+def read_here(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:
+    """Return frame `frame` of `path`. Raises the errors listed in `edgemed.dicom`."""
+    if sniff(path) == "picture":
+        return _picture(path, frame, window, limits)
+    return _dicom(path, frame, window, limits)
+
+
+def _picture(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:
+    from edgemed.dicom.picture import read_picture
+
+    if frame != 0:
+        raise InvalidInput(f"frame {frame} was asked for; a picture has one (0)")
+    shown = read_picture(path, limits)
+    return Scan(shown.pixels[None], "OT", window=(window or shown.window) if shown.window else None, total_frames=1)
+
+
+def _dicom(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:
+    from edgemed.dicom.decode import read_stored
+    from edgemed.dicom.header import read_header
+    from edgemed.dicom.values import pixel_spacing, to_shown
+
+    with open(path, "rb") as file:
+        header = read_header(file, limits)
+        stored, photometric = read_stored(header, frame, limits)
+        shown = to_shown(stored, photometric, header, frame, window)
+        uids = (_uid(header.ds.get(k)) for k in ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"))
+        series, study, reference = uids
+        modality = str(header.ds.get("Modality") or "").strip().upper()
+        return Scan(
+            shown.pixels[None],
+            modality if _MODALITY.match(modality) else "OT",
+            window=shown.window,
+            pixel_spacing_mm=pixel_spacing(header, frame),
+            sop_instance_uid=_uid(header.sop_instance_uid),
+            series_instance_uid=series,
+            study_instance_uid=study,
+            frame_of_reference_uid=reference,
+            first_frame=frame,
+            total_frames=header.frames,
+        )
+
+
+def _uid(value: object) -> str | None:
+    """Return a UID that is one, else None: free text in a UID element must not travel on."""
+    text = str(value or "").strip().strip("\0")
+    return text if _UID.match(text) else None

@@ -1,0 +1,202 @@
+"""The parent's side: start the child, ask for frames, turn its replies into Scans or errors.
+
+A child serves files one after another. If one of them kills it (memory, CPU or clock limit, a crash in a codec) that file gets
+its error and the next file a fresh child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edgemed import errors
+from edgemed.core import Scan, Window
+from edgemed.dicom.limits import DEFAULT_LIMITS, Limits
+from edgemed.dicom.sniff import sniff
+from edgemed.dicom.voi import parse_window
+from edgemed.errors import CannotRead, EdgemedError, InvalidInput, ResourceLimit
+
+_MAX_LINE = 1 << 16
+_CLASSES = (
+    errors.CannotRead, errors.NoInput, errors.InvalidInput, errors.UnsupportedDicom, errors.ResourceLimit, errors.EdgemedError
+)  # fmt: skip
+_ERRORS: dict[str, type[EdgemedError]] = {c.__name__: c for c in _CLASSES}
+
+
+class Reader:
+    """Reads scans through one child process; use it as a context manager.
+
+    `start()` only launches the child (about 0.4 s until it can serve) and returns at once, so that a caller can open its model
+    meanwhile. Not for use from several threads.
+    """
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Launch the child unless it runs."""
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.close()
+        # One thread a library: the work is one frame, and every thread's stack counts against the memory limit.
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPJ_NUM_THREADS"), "1")
+        # -P: a folder named like a module, beside the scan, must never be imported.
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "edgemed.dicom.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **threads},
+        )
+        self._write(asdict(self._limits))
+
+    def read(self, path: str | os.PathLike[str], *, frame: int = 0, window: str | None = None) -> Scan:
+        """Return the Scan with frame `frame` (0-based) of the file at `path`; the errors are listed in `edgemed.dicom`.
+
+        window: a preset's name or "center,width"; None takes the file's own.
+        """
+        name = os.path.abspath(os.fspath(path))
+        asked = parse_window(window) if window is not None else None
+        if frame < 0:
+            raise InvalidInput(f"frame {frame} was asked for; frames count from 0")
+        sniff(name)
+        self.start()
+        try:
+            return self._ask(name, frame, asked)
+        except EdgemedError as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from None
+
+    def close(self) -> None:
+        """End the child."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:
+                    pass  # what was still buffered for a child that is gone
+        child.wait()
+
+    def _write(self, message: dict[str, Any]) -> None:
+        assert self._child is not None and self._child.stdin is not None
+        try:
+            self._child.stdin.write(json.dumps(message).encode() + b"\n")
+            self._child.stdin.flush()
+        except OSError:
+            pass  # the child is gone: reading its reply tells how
+
+    def _ask(self, path: str, frame: int, window: Window | None) -> Scan:
+        child = self._child
+        assert child is not None and child.stdout is not None
+        expired = threading.Event()
+
+        def stop() -> None:
+            expired.set()
+            child.kill()
+
+        clock = threading.Timer(self._limits.wall_seconds, stop)
+        clock.daemon = True
+        clock.start()
+        try:
+            self._write({"path": path, "frame": frame, "window": asdict(window) if window else None})
+            return self._reply(child)
+        except EOFError:
+            raise self._ended(child, expired.is_set()) from None
+        finally:
+            clock.cancel()
+            if expired.is_set():
+                self.close()
+
+    def _ended(self, child: subprocess.Popen[bytes], expired: bool) -> EdgemedError:
+        """Return the error for a child that ended instead of answering."""
+        try:
+            code = child.wait(5)
+        except subprocess.TimeoutExpired:
+            code = 0
+        self.close()
+        if expired:
+            return ResourceLimit(f"reading it took longer than {self._limits.wall_seconds:g} s")
+        if code < 0 and -code == _cpu_signal():
+            return ResourceLimit(f"reading it took more than {self._limits.cpu_seconds} s of CPU time")
+        if code < 0:
+            return ResourceLimit(f"the decoder was ended by signal {-code}; the file is damaged or needs too much memory")
+        return CannotRead(f"the decoding process ended with code {code}; check the installation with 'edgemed doctor'")
+
+    def _reply(self, child: subprocess.Popen[bytes]) -> Scan:
+        assert child.stdout is not None
+        line = child.stdout.readline(_MAX_LINE)
+        if not line.endswith(b"\n"):
+            raise EOFError
+        facts = json.loads(line)
+        if "error" in facts:
+            raise _ERRORS.get(facts["error"], InvalidInput)(str(facts["message"]))
+        shape, dtype = tuple(int(n) for n in facts.pop("shape")), np.dtype(facts.pop("dtype"))
+        if dtype not in (np.dtype(np.float32), np.dtype(np.uint8)) or np.prod(shape[:3]) > self._limits.max_pixels:
+            raise ResourceLimit("the decoding process sent more than the limits allow")
+        pixels = np.empty(shape, dtype)
+        _fill(child.stdout, memoryview(pixels).cast("B"))
+        window, spacing = facts.pop("window"), facts.pop("pixel_spacing_mm")
+        return Scan(
+            pixels,
+            window=Window(**window) if window else None,
+            pixel_spacing_mm=(spacing[0], spacing[1]) if spacing else None,
+            **facts,
+        )
+
+
+def _fill(pipe: Any, target: memoryview) -> None:
+    at = 0
+    while at < len(target):
+        count = pipe.readinto(target[at:])
+        if not count:
+            raise EOFError
+        at += count
+
+
+def _cpu_signal() -> int:
+    import signal
+
+    return int(getattr(signal, "SIGXCPU", 0))
+
+
+def read_scan(
+    path: str | os.PathLike[str], *, frame: int = 0, window: str | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Scan:
+    """Return the Scan with frame `frame` (0-based) of a DICOM file or a PNG or JPEG picture.
+
+    window: a preset's name (lung, bone, brain, soft-tissue ...) or "center,width"; None takes the file's own window.
+    Decoding runs in a child process within `limits`; the errors are listed in `edgemed.dicom`.
+    """
+    with Reader(limits) as reader:
+        return reader.read(path, frame=frame, window=window)
+
+
+def read_scans(
+    paths: Iterable[str | os.PathLike[str]], *, frame: int = 0, window: str | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[tuple[str, Scan | EdgemedError]]:
+    """Yield (path, Scan or the error that it ended in) for each of `paths`, in order, through one child process."""
+    with Reader(limits) as reader:
+        for path in paths:
+            try:
+                yield os.fspath(path), reader.read(path, frame=frame, window=window)
+            except EdgemedError as error:
+                yield os.fspath(path), error

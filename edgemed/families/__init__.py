@@ -1,0 +1,118 @@
+"""The family seam: how one kind of model turns a question into feeds and what was decoded into an answer.
+
+A family is one file pair: the runtime half here (NumPy and a tokenizer, no torch), the build half `*_torch` beside it.
+`infer.Session` runs the graphs between the calls of `Family` and knows no family by name:
+
+    prepare         scan, prompt        -> Prepared      feeds of vision_encoder and projector
+    ask             features, tokens    -> Question      prompt ids, grammar, what the decoder is fed with each call
+    mask_feeds      what was written    -> feeds         of mask_decoder, one batch after another; none without one
+    read_answer     text and masks      -> Reading       text, places in scan pixels, notes
+
+A graph input that has the name of an earlier graph's output is fed with that output; a family gives only the others.
+Covers the protocol, its values and the table. Does not cover running graphs or decoding.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgemed.box_grammar import Grammar
+from edgemed.bundle import Bundle
+from edgemed.core import Language, Prompt, Region, Scan
+from edgemed.errors import BundleError
+from edgemed.graphs import Feeds, GraphSpec
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The feeds of the first two graphs for one scan and prompt, and `state`: what the family wants back (views ...).
+
+    vision: feeds of vision_encoder; equal bytes mean equal features, so they are also the key under which features are
+    kept. projector: feeds of projector beside the features.
+    """
+
+    vision: Feeds
+    projector: Feeds
+    state: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What the decoder starts from: ids, feeds that every call repeats, the grammar, the ids decoding must know.
+
+    keep_hidden: where one of these ids goes in, the decoder's hidden state is kept for the mask decoder.
+    """
+
+    prompt_ids: Sequence[int]
+    fixed: Feeds
+    grammar: Grammar[Any]
+    eos_id: int
+    keep_hidden: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What the decoder wrote: ids without the end token, their log-probabilities, hidden states by index in ids."""
+
+    ids: Sequence[int]
+    log_probs: Sequence[float]
+    hidden: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    ended: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """An answer in scan pixels, before provenance. notes: what was left out of it and why, one line each."""
+
+    text: str
+    tagged_text: str
+    regions: tuple[Region, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Family(Protocol):
+    """The runtime half of a family over one opened bundle. Holds no state between questions; safe to share."""
+
+    def graphs(self) -> Mapping[str, GraphSpec]:
+        """Return the GraphSpec of each graph the family runs, by role."""
+
+    def prepare(self, scan: Scan, prompt: Prompt) -> Prepared:
+        """Return the first feeds. Raises InvalidInput if the prompt's frame or regions do not fit the scan."""
+
+    def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
+        """Return the question; projected: the projector's outputs. Unless `constrained`, any token may follow any."""
+
+    def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
+        """Return the feeds of mask_decoder beside the features, batch by batch; () if nothing is to be outlined."""
+
+    def read_answer(
+        self, scan: Scan, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written, masks: Sequence[Feeds]
+    ) -> Reading:
+        """Return the answer; masks: the mask decoder's outputs for each of `mask_feeds`. Never raises on odd text."""
+
+    def notice(self, language: Language) -> str:
+        """Return the sentence that goes with every answer of this bundle (what it must not be used for), or ""."""
+
+
+FAMILIES: Mapping[str, str] = {
+    "native": "edgemed.families.native:Native",
+}
+"""Name in a manifest -> "module:class" of the runtime half, imported on use."""
+
+
+def open_family(bundle: Bundle) -> Family:
+    """Return the runtime half for `bundle`. Raises BundleError if its family is not known or its graphs do not fit."""
+    name = bundle.manifest.family
+    if name not in FAMILIES:
+        raise BundleError(f"the bundle is of family {name!r}; this version knows {', '.join(sorted(FAMILIES))}")
+    module, _, attribute = FAMILIES[name].partition(":")
+    family: Family = getattr(importlib.import_module(module), attribute)(bundle)
+    return family

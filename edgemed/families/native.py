@@ -1,0 +1,360 @@
+"""The native family at run time: one picture, regions as boxes, points or masks, answers with box tokens and masks.
+
+Covers feeds, prompt ids, grammar, mask prompts and the way from tokens and mask logits back to scan pixels. The pieces
+lie beside it: `native_view` (crop and picture), `native_regions` (region maps), `native_text` (tokens and tagged text),
+`native_lexicon` (names). Does not cover running graphs or the decoding loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgemed.box_grammar import BoxGrammar, BoxTokens, FreeGrammar, Grammar
+from edgemed.bundle import Bundle
+from edgemed.core import Box, Language, Prompt, PromptRegion, Region, Scan
+from edgemed.errors import BundleError, InvalidInput
+from edgemed.families import Prepared, Question, Reading, Written
+from edgemed.families.native_lexicon import STRUCTURES, structure_of
+from edgemed.families.native_regions import (
+    check_region,
+    is_seen,
+    region_bins,
+    region_box,
+    region_map,
+    uniform_map,
+)
+from edgemed.families.native_text import NativeText, Place, parse, plain
+from edgemed.families.native_view import SIDE, model_image, model_view
+from edgemed.geometry import View, bins_to_box, box_iou, box_of, fit
+from edgemed.graphs import Feeds, GraphSpec
+
+TOKENIZER = "tokenizer/tokenizer.json"
+
+NOTICE: Mapping[Language, str] = {
+    "en": "Research software, not a medical device: not for diagnosis.",
+    "zh": "研究软件，非医疗器械，不得用于诊断。",
+}
+"""What goes with an answer where the bundle's settings bring no `notice` of their own."""
+
+_MASK_LOGIT = 10.0
+"""An earlier mask goes in as logits: this inside, its negative outside."""
+_SAME_PLACE = 0.5
+"""From this IoU of boxes on, a place in the answer is the region the user pointed at."""
+_MASK_MARGIN = 0.15
+_MASK_MARGIN_PX = 4.0
+"""A mask is kept within its box grown by this share and at least this many model pixels: strays fall away."""
+
+_NEEDED = {
+    "vision_encoder": ({"image"}, {"image_features"}),
+    "projector": ({"image_features", "region_maps"}, {"image_tokens", "region_tokens", "presence"}),
+    "decoder": ({"input_ids", "image_tokens", "past_length", "logits_from"}, {"logits", "hidden"}),
+    "mask_decoder": (
+        {
+            "image_features", "boxes", "has_box", "points", "point_labels",
+            "mask_prompts", "has_mask", "seg_hidden", "has_seg",
+        },
+        {"mask_logits", "iou"},
+    ),
+}  # fmt: skip
+"""Role -> the inputs and outputs this code uses; a graph may give more."""
+
+Bins = tuple[int, int, int, int]
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """A place as it was written, with where its tokens lie in the answer's ids; None where there is none of it."""
+
+    place: Place
+    box_at: int | None
+    seg_at: int | None
+
+    def outlined(self, written: Written) -> bool:
+        """Return whether a mask is wanted and there is something to ask the mask decoder with."""
+        return self.place.seg and (self.place.bins is not None or self.seg_at in written.hidden)
+
+
+class Native:
+    """The native family over one bundle; see `families.Family`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._graphs = {role: bundle.spec(role) for role in _NEEDED}
+        for role, (inputs, outputs) in _NEEDED.items():
+            spec = self._graphs[role]
+            if {t.name for t in spec.fed_inputs} != inputs or not outputs <= {t.name for t in spec.returned_outputs}:
+                raise BundleError(f"graph {role} is not one of the native family: it has {_named(spec)}")
+        (structures,) = next(t.shape for t in self._graphs["projector"].outputs if t.name == "presence")
+        if not isinstance(structures, int) or structures > len(STRUCTURES):
+            raise BundleError(
+                f"the bundle knows {structures} structures, this version {len(STRUCTURES)}; update edgemed"
+            )
+        self._text = NativeText(bundle.file(TOKENIZER))
+        logits = next(t for t in self._graphs["decoder"].outputs if t.name == "logits")
+        if logits.shape[-1] != self._text.vocabulary:
+            raise BundleError(
+                f"the decoder has {logits.shape[-1]} logits, the tokenizer {self._text.vocabulary} tokens"
+            )
+        self._ids = self._text.tokens()
+        self._grammar = BoxGrammar(_box_tokens(self._text), self._text.vocabulary)
+        self._free = FreeGrammar(self._text.vocabulary)
+        self._notice: Mapping[Language, str] = {**NOTICE, **bundle.manifest.settings.get("notice", {})}
+
+    def graphs(self) -> Mapping[str, GraphSpec]:
+        """Return the GraphSpec of each of the four graphs, by role."""
+        return self._graphs
+
+    def notice(self, language: Language) -> str:
+        """Return the sentence that goes with every answer: the bundle's own, else NOTICE."""
+        return self._notice[language]
+
+    def prepare(self, scan: Scan, prompt: Prompt) -> Prepared:
+        """Return the feeds of vision_encoder and projector; the state is the View.
+
+        Where a region reaches out of the crop the model looks at, the model looks at the whole frame.
+
+        Raises InvalidInput if the frame was not read or a region is empty or outside the scan.
+        """
+        shown = scan.shown(prompt.frame)
+        for region in prompt.regions:
+            check_region(region, scan.rows, scan.columns)
+        view = model_view(shown, scan.modality, scan.pixel_spacing_mm)
+        if not all(is_seen(region, view) for region in prompt.regions):
+            view = fit(scan.rows, scan.columns, SIDE, None, scan.pixel_spacing_mm)
+        maps = [region_map(region, view) for region in prompt.regions] or [uniform_map()]
+        largest = self._graphs["projector"].dims["regions"].max
+        if len(maps) > largest:
+            raise InvalidInput(f"the prompt has {len(maps)} regions; at most {largest} fit")
+        return Prepared({"image": model_image(shown, view)[None]}, {"region_maps": np.stack(maps)}, view)
+
+    def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
+        """Return the prompt's ids over the image's and the regions' rows, and the grammar of grounded answers."""
+        rows = projected["image_tokens"]  # [tokens, width]
+        bins = [region_bins(region, prepared.state) for region in prompt.regions]
+        ids = self._text.encode_prompt(prompt.text, image_rows=len(rows), region_bins=bins, language=prompt.language)
+        if bins:
+            rows = np.concatenate([rows, projected["region_tokens"]])  # [tokens + regions, width]
+        grammar: Grammar[Any] = self._grammar if constrained else self._free
+        return Question(ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}))
+
+    def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
+        """Return the mask prompts of every `<seg>` with a place: its box, its hidden state, the user's own region."""
+        spots = [spot for spot in self._spots(written) if spot.outlined(written)]
+        mine = _users_regions(prompt.regions, spots, prepared.state)
+        prompts = [
+            _mask_prompt(spot, region, prepared.state, written) for spot, region in zip(spots, mine, strict=True)
+        ]
+        spec = self._graphs["mask_decoder"]
+        width = next(t.shape[1] for t in spec.inputs if t.name == "seg_hidden")
+        assert isinstance(width, int)
+        batch = spec.dims["prompts"].max
+        return tuple(_stacked(prompts[i : i + batch], width) for i in range(0, len(prompts), batch))
+
+    def read_answer(
+        self, scan: Scan, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written, masks: Sequence[Feeds]
+    ) -> Reading:
+        """Return text and places in scan pixels; one that is malformed or outside the scan is left out, with a note."""
+        logits = [row for out in masks for row in out["mask_logits"]]  # each [SIDE, SIDE]
+        ious = [float(value) for out in masks for value in out["iou"]]
+        tagged = self._text.decode(written.ids)
+        regions: list[Region] = []
+        notes = [] if written.ended else ["the answer was cut at the token limit"]
+        outlined = 0
+        for spot in self._spots(written):
+            mask = iou = None
+            if spot.outlined(written) and outlined < len(logits):
+                mask, iou, outlined = logits[outlined], ious[outlined], outlined + 1
+            region = self._region(spot, mask, iou, prompt, prepared.state, projected, written)
+            if isinstance(region, Region):
+                regions.append(region)
+            else:
+                notes.append(region)
+        return Reading(plain(tagged), tagged, tuple(regions), tuple(notes))
+
+    def _spots(self, written: Written) -> list[_Spot]:
+        """Return the places of the answer in order, with where their `<box>` and `<seg>` are in the ids."""
+        ids = list(written.ids)
+        boxes = [i for i, token in enumerate(ids) if token == self._ids.box]
+        segs = [i for i, token in enumerate(ids) if token == self._ids.seg]
+        spots: list[_Spot] = []
+        next_box = 0
+        for place in parse(self._text.decode(ids)):
+            if isinstance(place, str):
+                continue
+            box_at = None
+            if place.bins is not None:
+                wanted = [self._ids.first_coordinate + b for b in place.bins]
+                while next_box < len(boxes) and ids[boxes[next_box] + 1 : boxes[next_box] + 5] != wanted:
+                    next_box += 1
+                if next_box < len(boxes):
+                    box_at, next_box = boxes[next_box], next_box + 1
+            number = place.seg_index
+            spots.append(_Spot(place, box_at, segs[number] if number is not None and number < len(segs) else None))
+        return spots
+
+    def _region(
+        self,
+        spot: _Spot,
+        logits: Vector | None,
+        iou: float | None,
+        prompt: Prompt,
+        view: View,
+        projected: Feeds,
+        written: Written,
+    ) -> Region | str:
+        """Return the place as a Region, or the note why it is left out."""
+        name = spot.place.name or ("区域" if prompt.language == "zh" else "region")
+        box = _scan_box(spot.place.bins, view)
+        mask = None
+        if logits is not None:
+            mask = (view.map_to_scan(logits) > 0) & view.inside()
+            if spot.place.bins is not None:
+                mask &= _within(_grown(bins_to_box(spot.place.bins, SIDE)), view)
+            if not mask.any():
+                mask, iou = None, None
+        if box is None and mask is not None:
+            box = box_of(mask)
+        if box is None:
+            return f"{name!r} is left out: its box is missing, malformed or outside the scan"
+        return Region(name, box, prompt.frame, mask, self._score(spot, projected, written), _share(iou))
+
+    def _score(self, spot: _Spot, projected: Feeds, written: Written) -> float | None:
+        """Return 0..1: the geometric mean of what is known of a place, or None.
+
+        Its parts are the mean probability of the name's tokens and of the four coordinates as they were chosen, and the
+        projector's probability that the structure is in the image.
+        """
+        if spot.box_at is None:
+            return None
+        at = spot.box_at
+        parts = [_mean_probability(written.log_probs[at + 1 : at + 5])]
+        if at and written.ids[at - 1] == self._ids.ref_end:
+            start = max((i for i in range(at) if written.ids[i] == self._ids.ref), default=at - 1)
+            parts.append(_mean_probability(written.log_probs[start + 1 : at - 1]))
+        structure = structure_of(spot.place.name)
+        if structure is not None and structure < len(projected["presence"]):
+            parts.append(float(projected["presence"][structure]))
+        return _share(math.prod(parts) ** (1 / len(parts)))
+
+
+def _named(spec: GraphSpec) -> str:
+    inputs, outputs = (", ".join(t.name for t in tensors) for tensors in (spec.fed_inputs, spec.returned_outputs))
+    return f"inputs {inputs}; outputs {outputs}"
+
+
+def _box_tokens(text: NativeText) -> BoxTokens:
+    t = text.tokens()
+    return BoxTokens(
+        box=t.box,
+        box_end=t.box_end,
+        ref=t.ref,
+        ref_end=t.ref_end,
+        seg=t.seg,
+        eos=t.eos,
+        first_coordinate=t.first_coordinate,
+        bins=t.bins,
+        never=t.never,
+    )
+
+
+def _users_regions(regions: Sequence[PromptRegion], spots: Sequence[_Spot], view: View) -> list[PromptRegion | None]:
+    """Return for each outlined place the user's region that it is, or None.
+
+    They are matched in order where there are as many of both; a box or a mask must agree with the box that was written.
+    """
+    if len(regions) != len(spots):
+        return [None] * len(spots)
+    return [region if _is_place(region, spot, view) else None for region, spot in zip(regions, spots, strict=True)]
+
+
+def _is_place(region: PromptRegion, spot: _Spot, view: View) -> bool:
+    if spot.place.bins is None or region.point is not None:
+        return True
+    box = view.box_to_model(region_box(region))
+    return box_iou(box, bins_to_box(spot.place.bins, SIDE)) >= _SAME_PLACE
+
+
+@dataclass(frozen=True, eq=False)
+class _MaskPrompt:
+    """One row of the mask decoder's feeds; None where a kind of prompt is absent. Model pixels."""
+
+    box: Box | None = None
+    point: tuple[float, float] | None = None
+    mask: Vector | None = None
+    seg: Vector | None = None
+
+
+def _mask_prompt(spot: _Spot, region: PromptRegion | None, view: View, written: Written) -> _MaskPrompt:
+    """Return what the mask decoder is asked with: what the user gave goes before what the model wrote.
+
+    A box or a mask of the user replaces the written box; beside a point, the written box stays if the point is in it.
+    """
+    seg = None if spot.seg_at is None else written.hidden.get(spot.seg_at)
+    box = None if spot.place.bins is None else bins_to_box(spot.place.bins, SIDE)
+    if region is None:
+        return _MaskPrompt(box, seg=seg)
+    if region.point is not None:
+        point = view.point_to_model(region.point)
+        inside = box is not None and box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+        return _MaskPrompt(box if inside else None, point, seg=seg)
+    box = view.box_to_model(region_box(region))
+    if region.mask is None:
+        return _MaskPrompt(box, seg=seg)
+    inside_share = view.image_to_model(region.mask.astype(np.float32))  # [SIDE, SIDE], 0..1
+    return _MaskPrompt(box, mask=(2 * inside_share - 1) * np.float32(_MASK_LOGIT), seg=seg)
+
+
+def _stacked(prompts: Sequence[_MaskPrompt], width: int) -> Feeds:
+    """Return the prompts as the feeds of one mask_decoder call."""
+    none = np.zeros((SIDE, SIDE), np.float32)
+    return {
+        "boxes": np.array([p.box or (0.0,) * 4 for p in prompts], np.float32),
+        "has_box": np.array([p.box is not None for p in prompts], np.float32),
+        "points": np.array([[p.point or (0.0, 0.0)] for p in prompts], np.float32),
+        "point_labels": np.array([[1 if p.point else -1] for p in prompts], np.int64),
+        "mask_prompts": np.stack([none if p.mask is None else p.mask for p in prompts]).astype(np.float32),
+        "has_mask": np.array([p.mask is not None for p in prompts], np.float32),
+        "seg_hidden": np.stack([np.zeros(width, np.float32) if p.seg is None else p.seg for p in prompts]),
+        "has_seg": np.array([p.seg is not None for p in prompts], np.float32),
+    }
+
+
+def _scan_box(bins: Bins | None, view: View) -> Box | None:
+    if bins is None:
+        return None
+    try:
+        return view.box_to_scan(bins_to_box(bins, SIDE))
+    except InvalidInput:  # wholly in the padding
+        return None
+
+
+def _grown(box_model_px: Box) -> Box:
+    x0, y0, x1, y1 = box_model_px
+    dx = max(_MASK_MARGIN * (x1 - x0), _MASK_MARGIN_PX)
+    dy = max(_MASK_MARGIN * (y1 - y0), _MASK_MARGIN_PX)
+    return (x0 - dx, y0 - dy, x1 + dx, y1 + dy)
+
+
+def _within(box_model_px: Box, view: View) -> npt.NDArray[np.bool_]:
+    """Return bool [rows, columns]: which scan pixels have their centre in the box."""
+    x = (np.arange(view.columns) + 0.5 - view.left) * view.scale_x
+    y = (np.arange(view.rows) + 0.5 - view.top) * view.scale_y
+    x0, y0, x1, y1 = box_model_px
+    return ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None, :]
+
+
+def _mean_probability(log_probs: Sequence[float]) -> float:
+    """Return the geometric mean of probabilities given as logs; 0 where there are none or one is not a number."""
+    mean = math.fsum(log_probs) / len(log_probs) if log_probs else -math.inf
+    return math.exp(min(mean, 0.0)) if mean == mean else 0.0
+
+
+def _share(value: float | None) -> float | None:
+    """Return `value` clipped to 0..1; None where it is none or not a number."""
+    return None if value is None or math.isnan(value) else min(max(value, 0.0), 1.0)

@@ -1,0 +1,295 @@
+"""A Session: one opened bundle with its runners; ask it about scans and get answers in scan pixels.
+
+Covers opening the graphs side by side, running them in order, keeping image features so that a second question on an
+image skips its encoder, and what ran where (provenance). Knows no family by name. Does not cover reading files, reports
+or the decoding loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, get_args
+
+import numpy as np
+
+from edgemed import __version__
+from edgemed.backends import BACKENDS, Outputs, Runner, open_runner
+from edgemed.bundle import Bundle, open_bundle
+from edgemed.core import Answer, Language, Prompt, Provenance, Scan
+from edgemed.decoding import Decoded, DecodeOptions, decode
+from edgemed.errors import BackendUnavailable, InvalidInput
+from edgemed.families import Family, Prepared, Question, Written, open_family
+from edgemed.graphs import Feeds, GraphSpec
+
+DecodeMode = Literal["auto", "plain"]
+
+IMAGES_KEPT = 4
+"""How many images' features a Session keeps (native: 4 MiB each)."""
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """How an answer is written.
+
+    decode: "plain" takes one token a step and no shortcut. grammar: only answers that parse; without it the model
+    writes what it likes. temperature 0 is greedy; above 0, `seed` makes the draw repeatable.
+    """
+
+    decode: DecodeMode = "auto"
+    grammar: bool = True
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decode not in get_args(DecodeMode):
+            raise InvalidInput(f"decode is {self.decode!r}; one of {', '.join(get_args(DecodeMode))} was expected")
+
+
+def open_session(
+    bundle: str | Path = "nano",
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    allow_cpu: bool = False,
+) -> Session:
+    """Return a Session over the bundle of this name or in this folder, its graphs being loaded side by side.
+
+    device: "auto", "cpu", "gpu" or "gpu:N". allow_cpu: where the GPU that was asked for is not there, use the CPU; the
+    answers then say so. threads: CPU threads of each graph, default one for each physical core.
+
+    Raises BundleError if the bundle does not hold. What a graph's loading raises (BackendUnavailable, BundleError,
+    OutOfMemory) comes with the first question that needs the graph, or from `Session.wait`.
+    """
+    return Session(open_bundle(bundle), backend, device, threads, allow_cpu)
+
+
+class Session:
+    """One opened bundle with its runners and the features of the last images. One question at a time."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        allow_cpu: bool = False,
+    ) -> None:
+        self.bundle = bundle
+        self._images: OrderedDict[bytes, _Image] = OrderedDict()
+        self._lock = threading.Lock()
+
+        def load(role: str) -> Runner:
+            artifact, spec = bundle.graph_path(role), bundle.spec(role)
+            try:
+                return open_runner(backend, artifact, spec, device=device, threads=threads)
+            except BackendUnavailable:
+                if not (allow_cpu and device.startswith("gpu")):
+                    raise
+                return open_runner(backend, artifact, spec, device="cpu", threads=threads)
+
+        pool = ThreadPoolExecutor(max(1, len(bundle.manifest.graphs)), thread_name_prefix="load-graph")
+        self._runners: dict[str, Future[Runner]] = {r: pool.submit(load, r) for r in bundle.manifest.graphs}
+        pool.shutdown(wait=False)
+        try:
+            self.family: Family = open_family(bundle)  # while the graphs load
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def wait(self) -> None:
+        """Return when all graphs are loaded; raises what loading one of them raised."""
+        for future in self._runners.values():
+            future.result()
+
+    def close(self) -> None:
+        """Give back the runners' memory and devices, and forget all features."""
+        self._images.clear()
+        for future in self._runners.values():
+            if not future.cancel() and future.exception() is None:
+                future.result().close()
+        self._runners = {}
+
+    def notice(self, language: Language) -> str:
+        """Return the sentence that goes with every answer of this bundle, or ""."""
+        return self.family.notice(language)
+
+    def ask(self, scan: Scan, prompt: Prompt, options: InferOptions | None = None) -> Answer:
+        """Return the answer to `prompt` about `scan`, regions in scan pixels of the prompt's frame.
+
+        Raises InvalidInput if the prompt does not fit the scan or the model, and what loading a graph raised.
+        """
+        options = options or InferOptions()
+        with self._lock:
+            run = _Run(self._runners, self.family.graphs())
+            with run.timed("prepare"):
+                prepared = self.family.prepare(scan, prompt)
+            features, projected = self._image(run, prepared)
+            with run.timed("prepare"):
+                question = self.family.ask(prompt, prepared, projected, constrained=options.grammar)
+            decoded = _decode(run, question, options)
+            written = Written(decoded.ids, decoded.log_probs, dict(decoded.hidden), decoded.ended)
+            feeds = self.family.mask_feeds(prompt, prepared, projected, written)
+            masks = [run.graph("mask_decoder", batch, features, projected) for batch in feeds]
+            with run.timed("read_answer"):
+                reading = self.family.read_answer(scan, prompt, prepared, projected, written, masks)
+        return Answer(
+            text=reading.text,
+            tagged_text=reading.tagged_text,
+            regions=reading.regions,
+            provenance=self._provenance(run, options, decoded),
+            prompt_ids=tuple(question.prompt_ids),
+            generated_ids=decoded.ids,
+            notes=reading.notes,
+        )
+
+    def _image(self, run: _Run, prepared: Prepared) -> tuple[Feeds, Feeds]:
+        """Return (the encoder's outputs, the projector's), from memory where the same feeds were asked about before."""
+        key = _digest(prepared.vision)
+        if key in self._images:
+            self._images.move_to_end(key)
+            run.timings["vision_encoder"] = 0.0
+        else:
+            self._images[key] = _Image(run.graph("vision_encoder", prepared.vision))
+            while len(self._images) > IMAGES_KEPT:
+                self._images.popitem(last=False)
+        image = self._images[key]
+        regions = _digest(prepared.projector)
+        if regions not in image.projected:
+            outputs = run.graph("projector", prepared.projector, image.features)
+            image.projected.clear()  # only the last: a mask of the user gives a key of its own each time
+            image.projected[regions] = outputs
+        return image.features, image.projected[regions]
+
+    def _provenance(self, run: _Run, options: InferOptions, decoded: Decoded) -> Provenance:
+        manifest = self.bundle.manifest
+        counts = {
+            "prompt": decoded.prompt_tokens,
+            "generated": len(decoded.ids),
+            "decoder_calls": decoded.decoder_calls,
+        }
+        runners = [future.result() for future in self._runners.values()]
+        backends = sorted({runner.backend for runner in runners})
+        return Provenance(
+            edgemed=__version__,
+            family=manifest.family,
+            bundle=manifest.name,
+            bundle_sha256=self.bundle.digest,
+            backend=", ".join(backends),
+            device=", ".join(sorted({runner.device for runner in runners})),
+            precision=dict(manifest.precision),
+            decode=options.decode,
+            tokens=counts,
+            timings_ms={**run.timings, "total": run.elapsed_ms()},
+            versions=_versions(backends),
+        )
+
+
+@dataclass(eq=False)
+class _Image:
+    """The features of one image and the projector's outputs for the regions last asked about."""
+
+    features: Outputs
+    projected: dict[bytes, Outputs] = field(default_factory=dict)
+
+
+class _Run:
+    """One question on its way through the graphs: runs them and notes the time each took, in ms.
+
+    "load" is the time spent waiting for graphs that were still being loaded.
+    """
+
+    def __init__(self, runners: Mapping[str, Future[Runner]], specs: Mapping[str, GraphSpec]) -> None:
+        self._runners = runners
+        self.specs = specs
+        self.timings: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def elapsed_ms(self) -> float:
+        """Return the time since the question came in."""
+        return (time.perf_counter() - self._start) * 1000
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `timings`."""
+        start = time.perf_counter()
+        yield
+        self.timings[name] = self.timings.get(name, 0.0) + (time.perf_counter() - start) * 1000
+
+    def runner(self, role: str) -> Runner:
+        """Return the runner of a role once it is loaded. Raises what loading it raised."""
+        if role not in self._runners:
+            raise InvalidInput(f"there is no {role} to run; the session was closed or the bundle has none")
+        if self._runners[role].done():
+            return self._runners[role].result()
+        with self.timed("load"):
+            return self._runners[role].result()
+
+    def graph(self, role: str, feeds: Feeds, *earlier: Feeds) -> Outputs:
+        """Return the outputs of one graph; inputs that `feeds` lacks are taken from the outputs of earlier graphs."""
+        known = {name: array for outputs in earlier for name, array in outputs.items()}
+        missing = {
+            t.name: known[t.name] for t in self.specs[role].fed_inputs if t.name not in feeds and t.name in known
+        }
+        runner = self.runner(role)
+        with self.timed(role):
+            return runner.run({**feeds, **missing})
+
+
+def _decode(run: _Run, question: Question, options: InferOptions) -> Decoded:
+    runner = run.runner("decoder")
+    runner.reset()
+    cache = run.specs["decoder"].dims.get("cache")
+    with run.timed("decoder"):
+        decoded = decode(
+            runner,
+            question.prompt_ids,
+            question.fixed,
+            question.grammar,
+            DecodeOptions(
+                eos_id=question.eos_id,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+                keep_hidden=question.keep_hidden,
+                **({} if cache is None else {"cache": cache.max}),
+            ),
+        )
+    run.timings["decoder_prefill"] = decoded.prefill_ms
+    return decoded
+
+
+def _digest(feeds: Feeds) -> bytes:
+    """Return a digest of names, types, shapes and bytes of `feeds`."""
+    state = hashlib.blake2b(digest_size=32)
+    for name in sorted(feeds):
+        array = np.ascontiguousarray(feeds[name])
+        state.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        state.update(array.data)
+    return state.digest()
+
+
+def _versions(backends: list[str]) -> dict[str, str]:
+    """Return the versions of Python, NumPy and the engines in use."""
+    libraries = ["numpy", *(BACKENDS[name].library for name in backends if name in BACKENDS)]
+    found = {name: getattr(sys.modules.get(name), "__version__", None) for name in libraries}
+    return {"python": platform.python_version(), **{name: str(v) for name, v in found.items() if v}}

@@ -1,0 +1,126 @@
+"""The projector: feature map -> the rows the language model reads as image tokens, and the proposals in numbers.
+
+Rows, in order: what kind of picture (1), which part of the body (1), an 8 x 8 grid of pooled features (64), then the
+likeliest structures, five rows each: which structure and how sure, x0, y0, x1, y1. A coordinate row is the language
+model's own embedding of that coordinate token, so that writing a box is copying tokens it can see. A region asked about
+is one more row, pooled from the map under the region.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput, boxes_from_edges
+from edgemed.models.tiny_vit import CHANNELS, GRID, SIDE
+
+POOLED = 8
+PROPOSALS = 24
+ROWS = 2 + POOLED * POOLED + 5 * PROPOSALS
+"""Rows of `image_tokens`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """The likeliest structures of a batch: index, calibrated presence and coordinate bins, likeliest first.
+
+    index int64 [batch, 24]; presence [batch, 24]; bins int64 [batch, 24, 4].
+    """
+
+    index: Tensor
+    presence: Tensor
+    bins: Tensor
+
+
+def box_bins(boxes: Tensor, bins: int) -> Tensor:
+    """Return int64 coordinate bins [..., 4] of boxes in model pixels, x0 < x1 and y0 < y1 (as `geometry.box_to_bins`)."""
+    raw = torch.round(boxes * (bins / SIDE)).clamp(0, bins - 1)
+    start = raw[..., :2].clamp(max=bins - 2)
+    return torch.cat([start, torch.maximum(raw[..., 2:], start + 1)], dim=-1).long()
+
+
+def pool_pictures(features: Tensor, context: Tensor) -> Tensor:
+    """Return [batch, 64, 256 + context]: the feature map and the head's context averaged over an 8 x 8 grid."""
+    fine = F.avg_pool2d(features, GRID // POOLED)
+    broad = F.avg_pool2d(context, context.shape[-1] // POOLED)
+    return torch.cat([fine, broad], dim=1).flatten(2).transpose(1, 2)
+
+
+def pool_regions(features: Tensor, maps: Tensor, region_maps: Tensor) -> Tensor:
+    """Return [regions, 256 + structures + 4] of one picture: features, structure probabilities, centre and spread.
+
+    features [1, 256, 64, 64]; maps (logits) [1, structures, 64, 64]; region_maps [regions, 64, 64], each sums to 1.
+    """
+    weights = region_maps.flatten(1)  # [regions, 4096]
+    seen = torch.cat([features[0].flatten(1), maps[0].sigmoid().flatten(1)])  # [256 + structures, 4096]
+    cell = (torch.arange(GRID, device=features.device, dtype=features.dtype) + 0.5) / GRID
+    ys, xs = torch.meshgrid(cell, cell, indexing="ij")
+    grid = torch.stack([xs.flatten(), ys.flatten()])
+    mean = weights @ grid.T  # [regions, 2]
+    spread = (weights @ (grid * grid).T - mean * mean).clamp_min(0).sqrt()
+    return torch.cat([weights @ seen.T, mean, spread * 4], dim=1)
+
+
+class Projector(nn.Module):
+    """Feature map -> image rows, region rows, presence, boxes, structure maps."""
+
+    def __init__(self, config: StructureConfig, width: int, bins: int = 1000) -> None:
+        super().__init__()
+        self.head = StructureHead(config)
+        self.bins = bins
+        self.register_buffer("presence_scale", torch.ones(config.structures))
+        self.register_buffer("presence_shift", torch.zeros(config.structures))
+        self.presence_scale: Tensor
+        self.presence_shift: Tensor
+        self.modality = nn.Parameter(torch.randn(config.modalities, width) * 0.1)
+        self.body_part = nn.Parameter(torch.randn(config.body_parts, width) * 0.1)
+        self.structure = nn.Parameter(torch.randn(config.structures, width) * 0.1)
+        self.certainty = nn.Parameter(torch.randn(2, width) * 0.1)  # times presence, times "more likely than not"
+        self.side = nn.Parameter(torch.randn(4, width) * 0.02)
+        self.picture = nn.Sequential(
+            nn.LayerNorm(CHANNELS + config.context), nn.Linear(CHANNELS + config.context, width)
+        )
+        self.grid = nn.Parameter(torch.randn(POOLED * POOLED, width) * 0.02)
+        self.region = nn.Sequential(
+            nn.Linear(CHANNELS + config.structures + 4, width), nn.GELU(), nn.Linear(width, width)
+        )
+        # Copy of the language model's coordinate embeddings; set by `share_coordinates`.
+        self.register_buffer("coordinates", torch.zeros(bins, width))
+        self.coordinates: Tensor
+
+    def calibrated(self, presence: Tensor) -> Tensor:
+        """Return presence probabilities from logits [batch, structures]."""
+        return torch.sigmoid(presence * self.presence_scale + self.presence_shift)
+
+    def propose(self, output: StructureOutput) -> Proposals:
+        """Return the 24 likeliest structures of each picture with their boxes as bins."""
+        presence, index = self.calibrated(output.presence).topk(PROPOSALS, dim=1)
+        boxes = boxes_from_edges(output.edges)
+        chosen = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return Proposals(index, presence, box_bins(chosen, self.bins))
+
+    def rows(self, modality: Tensor, body_part: Tensor, pooled: Tensor, proposals: Proposals, coordinates: Tensor) -> Tensor:
+        """Return image rows [batch, 186, width]. modality and body_part are probabilities; coordinates [bins, width]."""
+        batch = pooled.shape[0]
+        kind = (modality @ self.modality)[:, None]
+        part = (body_part @ self.body_part)[:, None]
+        grid = self.picture(pooled) + self.grid
+        likely = (proposals.presence >= 0.5).to(pooled.dtype)
+        sure = proposals.presence[..., None] * self.certainty[0] + likely[..., None] * self.certainty[1]
+        name = (self.structure[proposals.index] + sure)[:, :, None]  # [batch, 24, 1, width]
+        sides = coordinates[proposals.bins] + self.side  # [batch, 24, 4, width]
+        named = torch.cat([name, sides], dim=2).reshape(batch, 5 * PROPOSALS, -1)
+        return torch.cat([kind, part, grid, named], dim=1)
+
+    def forward(self, image_features: Tensor, region_maps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return (image_tokens [186, width], region_tokens [regions, width], presence [structures], boxes [structures, 4]
+        in model pixels, structure_maps [structures, 64, 64] probabilities) of one picture."""
+        output = self.head(image_features)
+        pooled = pool_pictures(image_features, output.context)
+        rows = self.rows(output.modality.softmax(1), output.body_part.softmax(1), pooled, self.propose(output), self.coordinates)
+        regions = self.region(pool_regions(image_features, output.maps, region_maps))
+        presence = self.calibrated(output.presence)[0]
+        return rows[0], regions, presence, boxes_from_edges(output.edges)[0], output.maps[0].sigmoid()

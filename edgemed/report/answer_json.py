@@ -1,0 +1,135 @@
+"""The answer as one JSON object, schema edgemed.answer/1.
+
+Covers what integrators parse; `answer.schema.json` beside this file describes it. Numbers are rounded to what they
+mean: boxes to 0.01 px, scores to 0.0001, areas to 0.1 mm2, times to 0.1 ms.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from edgemed.core import Answer, Mask, Prompt, PromptRegion, Provenance, Region, Scan, Window
+from edgemed.errors import InvalidInput
+from edgemed.report.rle import to_rle
+
+SCHEMA = "edgemed.answer/1"
+
+
+def to_json(answer: Answer, scan: Scan, prompt: Prompt, *, path: str, with_tokens: bool = False) -> dict[str, Any]:
+    """Return the answer as a dict of plain JSON values, keys in the order of the contract.
+
+    path: the input as the user wrote it. with_tokens: add prompt_ids and generated_ids (lists of int). `notes` (what
+    was left out of the answer and why) is there only where there are some.
+    What is not known is null: UIDs, spacing, score, the mask of a region that has only a box, the window of a colour
+    image, the area in mm2 without a spacing.
+    Raises InvalidInput if a mask has another size than the scan.
+    """
+    written: dict[str, Any] = {
+        "schema": SCHEMA,
+        "input": _input(scan, prompt.frame, path),
+        "prompt": {
+            "text": prompt.text,
+            "language": prompt.language,
+            "regions": [_prompt_region(region, scan) for region in prompt.regions],
+        },
+        "text": answer.text,
+        "tagged_text": answer.tagged_text,
+        "regions": [_region(region, scan) for region in answer.regions],
+        "provenance": provenance_to_json(answer.provenance),
+    }
+    if answer.notes:
+        written["notes"] = list(answer.notes)
+    if with_tokens:
+        written["prompt_ids"] = [int(i) for i in answer.prompt_ids]
+        written["generated_ids"] = [int(i) for i in answer.generated_ids]
+    return written
+
+
+def read_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) that every object of `to_json` satisfies."""
+    text = resources.files("edgemed.report").joinpath("answer.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
+    """Return what made the answer; `versions` only where it was recorded."""
+    p = provenance
+    written: dict[str, Any] = {
+        "edgemed": p.edgemed,
+        "family": p.family,
+        "bundle": p.bundle,
+        "bundle_sha256": p.bundle_sha256,
+        "backend": p.backend,
+        "device": p.device,
+        "precision": dict(p.precision),
+        "decode": p.decode,
+        "tokens": {name: int(count) for name, count in p.tokens.items()},
+        "timings_ms": {name: _rounded(ms, 1) for name, ms in p.timings_ms.items()},
+    }
+    return {**written, "versions": dict(p.versions)} if p.versions else written
+
+
+def area_mm2(area_px: int, scan: Scan) -> float | None:
+    """Return the area in mm2 of `area_px` pixels of the scan, or None where it has no pixel spacing."""
+    if scan.pixel_spacing_mm is None:
+        return None
+    return area_px * scan.pixel_spacing_mm[0] * scan.pixel_spacing_mm[1]
+
+
+def _input(scan: Scan, frame: int, path: str) -> dict[str, Any]:
+    spacing = scan.pixel_spacing_mm
+    return {
+        "path": path,
+        "sop_instance_uid": scan.sop_instance_uid,
+        "modality": scan.modality,
+        "frame": frame,
+        "frames": scan.frames,
+        "rows": scan.rows,
+        "columns": scan.columns,
+        "pixel_spacing_mm": None if spacing is None else [_rounded(s, 6) for s in spacing],
+        "window": None if scan.window is None else _window(scan.window),
+    }
+
+
+def _window(window: Window) -> list[float | int | None]:
+    numbers = (_rounded(n, 4) for n in (window.center, window.width))
+    return [int(n) if n is not None and n == int(n) else n for n in numbers]
+
+
+def _prompt_region(region: PromptRegion, scan: Scan) -> dict[str, Any]:
+    if region.box is not None:
+        return {"kind": "box", "box_px": [_rounded(v, 2) for v in region.box]}
+    if region.point is not None:
+        return {"kind": "point", "point_px": [_rounded(v, 2) for v in region.point]}
+    assert region.mask is not None
+    return {"kind": "mask", "mask": _mask(region.mask, scan)}
+
+
+def _region(region: Region, scan: Scan) -> dict[str, Any]:
+    mask = None
+    if region.mask is not None:
+        mask = {**_mask(region.mask, scan), "iou_estimate": _rounded(region.iou_estimate, 4)}
+    return {
+        "label": region.label,
+        "box_px": [_rounded(v, 2) for v in region.box],
+        "score": _rounded(region.score, 4),
+        "mask": mask,
+    }
+
+
+def _mask(mask: Mask, scan: Scan) -> dict[str, Any]:
+    if mask.shape != (scan.rows, scan.columns):
+        raise InvalidInput(f"mask is {list(mask.shape)}, [{scan.rows}, {scan.columns}] as the scan was expected")
+    pixels = int(np.count_nonzero(mask))
+    return {"rle": to_rle(mask), "area_px": pixels, "area_mm2": _rounded(area_mm2(pixels, scan), 1)}
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    """Return a plain float; None for None and for what JSON cannot hold (NaN, infinity)."""
+    return None if value is None or not math.isfinite(value) else round(float(value), digits)

@@ -1,0 +1,190 @@
+"""Stage 3: the mask decoder, from LiteMedSAM's weights: points, text (the state at `<seg>`) and imperfect boxes.
+
+The published weights were trained on boxes alone. Here each prompt is drawn at random: a box (jittered or the one the
+language model would write), a point, an earlier mask, the state at `<seg>`, and mixtures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgemed.core import Box, Mask
+from edgemed.families.native_lexicon import STRUCTURES
+from edgemed.families.native_text import NativeText
+from edgemed.geometry import bins_to_box, box_of
+from edgemed.models.llama import Llama
+from edgemed.models.mask_decoder import MaskDecoder
+from edgemed.models.projector import Projector
+from edgemed.models.tiny_vit import SIDE
+from edgemed.training.language_stage import collate, embed_batch, pack
+from edgemed.training.prepare import FeatureCache, Log
+from edgemed.training.scenes import Scene, inner_point, jitter_box
+from edgemed.training.tasks import Turn, say_place
+
+POINTS = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SegState:
+    """The language model's hidden state at `<seg>` for one structure of one sample, and the box it wrote (model pixels)."""
+
+    hidden: npt.NDArray[np.float32]
+    box: Box
+
+
+@torch.no_grad()
+def seg_states(
+    scenes: Sequence[Scene], projector: Projector, model: Llama, text: NativeText, seed: int, device: torch.device, log: Log
+) -> dict[tuple[int, int], SegState]:
+    """Return (sample, structure) -> state for every visible structure, from teacher-forced "where is it" turns."""
+    states: dict[tuple[int, int], SegState] = {}
+    seg = text.tokens().seg
+    for n, scene in enumerate(scenes):
+        rng = np.random.default_rng([seed, 13, scene.sample])
+        asked = list(scene.facts.visible)[:12]
+        turns = []
+        for s in asked:
+            zh = bool(rng.random() < 0.5)
+            name = STRUCTURES[s].zh[0] if zh else STRUCTURES[s].en[0]
+            prompt = f"{name}在哪里？" if zh else f"Where is the {name}?"
+            turns.append(Turn(prompt, say_place(s, scene.facts, "zh" if zh else "en"), "zh" if zh else "en"))
+        if turns:
+            batch = collate([pack(text, scene, turns)], text.tokens().pad, device)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = model(embed_batch(batch, [scene], model, projector), batch.position, batch.mask)
+            at = (batch.ids[0] == seg).nonzero()[:, 0]
+            for s, state in zip(asked, hidden[0, at].float().cpu().numpy(), strict=True):
+                states[(scene.sample, s)] = SegState(state, bins_to_box(scene.facts.visible[s], SIDE))
+        if n % 250 == 249:
+            log(f"states at <seg> {n + 1}/{len(scenes)}")
+    return states
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts for one image, as the mask decoder's inputs without the image, and the true masks bool [n, 256, 256]."""
+
+    feeds: dict[str, Tensor]
+    masks: Tensor
+
+
+def draw_prompts(
+    structures: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_], states: dict[tuple[int, int], SegState], sample: int,
+    width: int, count: int, rng: np.random.Generator,
+) -> PromptBatch | None:  # fmt: skip
+    """Return up to `count` random prompts on one sample, or None if it holds nothing large enough."""
+    usable = [k for k in range(len(structures)) if masks[k].sum() >= 40]
+    if not usable:
+        return None
+    n = count
+    boxes, has_box = np.zeros((n, 4), np.float32), np.zeros(n, np.float32)
+    points, point_labels = np.zeros((n, POINTS, 2), np.float32), np.full((n, POINTS), -1, np.int64)
+    mask_prompts, has_mask = np.zeros((n, SIDE, SIDE), np.float32), np.zeros(n, np.float32)
+    seg_hidden, has_seg = np.zeros((n, width), np.float32), np.zeros(n, np.float32)
+    truth = np.zeros((n, SIDE, SIDE), bool)
+    for i in range(n):
+        k = usable[int(rng.integers(len(usable)))]
+        mask: Mask = masks[k]
+        truth[i] = mask
+        state = states.get((sample, int(structures[k])))
+        kind = rng.random()
+        box = box_of(mask)
+        assert box is not None
+        if kind < 0.25 or state is None and kind >= 0.5:  # a box that a person or a model drew
+            boxes[i], has_box[i] = jitter_box(box, rng, 0.03), 1
+        elif kind < 0.5:  # a point alone
+            points[i, 0], point_labels[i, 0] = inner_point(mask, rng), 1
+        else:  # as answers are made: the written box and the state at <seg>, at times a point too
+            assert state is not None
+            written = state.box if rng.random() < 0.7 else jitter_box(box, rng, 0.05)
+            boxes[i], has_box[i] = written, 1
+            seg_hidden[i], has_seg[i] = state.hidden, 1
+            if kind > 0.8:
+                points[i, 0], point_labels[i, 0] = inner_point(mask, rng), 1
+            if kind > 0.92:
+                has_box[i] = 0
+        if rng.random() < 0.08:  # an earlier mask: the truth blurred, as logits
+            soft = F.avg_pool2d(torch.from_numpy(mask.astype(np.float32))[None, None], 17, stride=1, padding=8)[0, 0]
+            mask_prompts[i], has_mask[i] = (soft.numpy() - 0.5) * 12, 1
+    arrays = {"boxes": boxes, "has_box": has_box, "points": points, "point_labels": point_labels,
+              "mask_prompts": mask_prompts, "has_mask": has_mask, "seg_hidden": seg_hidden, "has_seg": has_seg}  # fmt: skip
+    return PromptBatch({k: torch.from_numpy(v) for k, v in arrays.items()}, torch.from_numpy(truth))
+
+
+def mask_loss(logits: Tensor, iou: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Return the named losses: cross-entropy near and far, soft Dice, and the estimated IoU."""
+    wanted = truth.to(logits.dtype)
+    p = logits.sigmoid()
+    overlap = (p * wanted).sum((1, 2))
+    dice = 1 - (2 * overlap + 1) / (p.sum((1, 2)) + wanted.sum((1, 2)) + 1)
+    found = logits.detach() > 0
+    both = (found & truth).sum((1, 2)).float()
+    actual = both / (found | truth).sum((1, 2)).clamp_min(1)
+    return {
+        "cross_entropy": F.binary_cross_entropy_with_logits(logits, wanted) * 4,
+        "dice": dice.mean(),
+        "iou": F.mse_loss(iou.float(), actual) * 0.5,
+    }
+
+
+def train_masks(
+    cache: FeatureCache, rows: Sequence[int], states: dict[tuple[int, int], SegState], decoder: MaskDecoder, folder: Path, *,
+    width: int, steps: int, prompts: int, rate: float, seed: int, device: torch.device, log: Log,
+) -> None:  # fmt: skip
+    """Fine-tune `decoder` in place; resumes from `folder/masks.pt`."""
+    decoder.train()
+    fresh = [p for n, p in decoder.named_parameters() if n.startswith("seg_projection.")]
+    published = [p for n, p in decoder.named_parameters() if not n.startswith("seg_projection.")]
+    optimiser = torch.optim.AdamW([{"params": fresh, "lr": rate * 5}, {"params": published, "lr": rate}], weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: min(1.0, (s + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))))
+    )
+    path, first = folder / "masks.pt", 0
+    if path.exists():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        decoder.load_state_dict(saved["decoder"])
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+    labelled = [i for i in rows if (np.asarray(cache.labels[i]) > 0).sum() >= 40]
+    start = time.monotonic()
+    running: dict[str, float] = {}
+    for step in range(first, steps):
+        rng = np.random.default_rng([seed, 17, step])
+        drawn = None
+        while drawn is None:
+            i = labelled[int(rng.integers(len(labelled)))]
+            structures, masks = cache.masks(i)
+            drawn = draw_prompts(structures, masks, states, i, width, prompts, rng)
+        features = torch.from_numpy(np.array(cache.features[i : i + 1])).float().to(device)
+        feeds = {k: v.to(device) for k, v in drawn.feeds.items()}
+        with torch.autocast(device.type, torch.bfloat16):
+            logits, iou = decoder(features, **feeds)
+        losses = mask_loss(logits.float(), iou, drawn.masks.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_([*fresh, *published], 1.0)
+        optimiser.step()
+        schedule.step()
+        for name, value in losses.items():
+            running[name] = 0.97 * running.get(name, float(value)) + 0.03 * float(value)
+        if step % 50 == 49 or step == steps - 1:
+            each = (time.monotonic() - start) / (step + 1 - first)
+            parts = ", ".join(f"{k} {v:.4f}" for k, v in running.items())
+            log(f"masks {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}")
+        if step % 200 == 199 or step == steps - 1:
+            temporary = path.with_suffix(".tmp")
+            torch.save({"decoder": decoder.state_dict(), "optimiser": optimiser.state_dict(),
+                        "schedule": schedule.state_dict(), "step": step + 1}, temporary)  # fmt: skip
+            temporary.replace(path)
+    decoder.eval()

@@ -1,0 +1,90 @@
+"""Recipe: what one training run does, read from TOML. Every key has a type and a default; an unknown key is an error."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from edgemed.errors import CannotRead, InvalidInput
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the pictures are. packages: folder that `recipes/fetch_packages.py` fills; records: folder with
+    `records.jsonl`, or "" for none; plan: samples to draw from each source."""
+
+    packages: str = "packages"
+    records: str = ""
+    plan: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Structures:
+    """Stage 1: epochs over the cached samples, batch size, peak learning rate."""
+
+    epochs: float = 10.0
+    batch: int = 8
+    rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Language:
+    """Stage 2: steps, pictures a step, question-answer turns a picture, peak learning rate."""
+
+    steps: int = 2400
+    batch: int = 4
+    turns: int = 6
+    rate: float = 1.5e-3
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Stage 3: steps of one picture, prompts a picture, peak learning rate of the published weights."""
+
+    steps: int = 1200
+    prompts: int = 4
+    rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. `folder` gets the cache, the stages' states, the log, the curves and the checkpoint."""
+
+    name: str
+    folder: str
+    seed: int = 1
+    data: Data = field(default_factory=Data)
+    structures: Structures = field(default_factory=Structures)
+    language: Language = field(default_factory=Language)
+    masks: Masks = field(default_factory=Masks)
+    base: Path = Path(".")
+
+    def path(self, relative: str) -> Path:
+        """Return a path of the recipe, relative ones taken from the recipe file's folder."""
+        return (self.base / Path(relative).expanduser()).resolve()
+
+
+def _fill(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in fields(kind) if f.name != "base"}
+    if unknown := sorted(set(values) - set(known)):
+        raise InvalidInput(f"recipe key {where}{unknown[0]} is unknown; expected one of {', '.join(sorted(known))}")
+    return kind(**values)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in a TOML file. Raises CannotRead or InvalidInput naming the file or the key."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CannotRead(f"recipe {path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"recipe {path} is not TOML: {error}") from error
+    parts = {"data": Data, "structures": Structures, "language": Language, "masks": Masks}
+    for key, kind in parts.items():
+        values[key] = _fill(kind, values.get(key, {}), f"{key}.")
+    if "name" not in values or "folder" not in values:
+        raise InvalidInput(f"recipe {path} lacks `name` or `folder`")
+    recipe: Recipe = _fill(Recipe, values, "")
+    return Recipe(**{**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, "base": path.resolve().parent})

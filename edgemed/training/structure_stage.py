@@ -1,0 +1,218 @@
+"""Stage 1: the dense head on cached features. Losses: structure maps, edges, presence, modality and body part.
+
+A structure that a sample does not know is left out of every loss. Presence is calibrated afterwards on samples of the
+training sources that were kept back from fitting.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
+from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput, boxes_from_edges
+from edgemed.models.tiny_vit import GRID, SIDE
+from edgemed.training.prepare import FeatureCache, Log
+
+CONFIG = StructureConfig(len(STRUCTURES), len(MODALITIES), len(BODY_PARTS))
+MIN_PIXELS = 30
+"""A structure counts as present from this many model pixels; fewer is neither present nor absent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Training targets of one sample: maps as area fractions, presence 1, 0 or -1 (unknown), boxes in model pixels."""
+
+    structures: Tensor  # int64 [n]: those with a map
+    maps: Tensor  # uint8 [n, 64, 64]: 0..16 of the 16 pixels of a cell
+    presence: Tensor  # int8 [structures]
+    boxes: Tensor  # float32 [structures, 4], only where presence is 1
+
+
+def make_targets(cache: FeatureCache, index: int) -> Targets:
+    """Return the targets of sample `index`."""
+    structures, masks = cache.masks(index)
+    known = cache.known[index]
+    presence = np.where(known, 0, -1).astype(np.int8)
+    boxes = np.zeros((len(STRUCTURES), 4), np.float32)
+    kept, maps = [], []
+    for s, mask in zip(structures, masks, strict=True):
+        if not known[s]:
+            continue
+        pixels = int(mask.sum())
+        presence[s] = 1 if pixels >= MIN_PIXELS else -1
+        if pixels >= MIN_PIXELS:
+            ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            boxes[s] = (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)
+            kept.append(int(s))
+            maps.append(mask.reshape(GRID, 4, GRID, 4).sum((1, 3)).astype(np.uint8))
+    for s, box in cache.facts[index]["boxes"]:
+        clipped = np.clip(box, 0, SIDE)
+        if clipped[2] - clipped[0] < 6 or clipped[3] - clipped[1] < 6:
+            presence[s] = -1
+            continue
+        presence[s], boxes[s] = 1, clipped
+        ys, xs = np.mgrid[0:GRID, 0:GRID] * 4.0 + 2
+        cx, cy = (clipped[0] + clipped[2]) / 2, (clipped[1] + clipped[3]) / 2
+        rx, ry = (clipped[2] - clipped[0]) / 2, (clipped[3] - clipped[1]) / 2
+        kept.append(int(s))
+        maps.append(((((xs - cx) / rx) ** 2 + ((ys - cy) / ry) ** 2) <= 1).astype(np.uint8) * 16)
+    return Targets(
+        torch.tensor(kept, dtype=torch.int64),
+        torch.from_numpy(np.array(maps, np.uint8).reshape(len(kept), GRID, GRID)),
+        torch.from_numpy(presence),
+        torch.from_numpy(boxes),
+    )
+
+
+def structure_loss(output: StructureOutput, targets: list[Targets], modality: Tensor, body_part: Tensor) -> dict[str, Tensor]:
+    """Return the named losses of a batch."""
+    device = output.maps.device
+    presence = torch.stack([t.presence for t in targets]).to(device)
+    boxes = torch.stack([t.boxes for t in targets]).to(device)
+    wanted = torch.zeros_like(output.maps)
+    for i, t in enumerate(targets):
+        wanted[i, t.structures.to(device)] = t.maps.to(device).float() / 16
+    known = (presence >= 0).float()[..., None, None]
+    here = presence == 1
+    pixel = F.binary_cross_entropy_with_logits(output.maps, wanted, reduction="none")
+    hard = 1 + 4 * wanted  # inside counts more: most of a map is outside
+    maps = (pixel * hard * known).sum() / (known.sum() * GRID * GRID) * 10
+    probability = output.maps[here].sigmoid()
+    overlap = 2 * (probability * wanted[here]).sum((1, 2)) + 1
+    dice = (1 - overlap / (probability.sum((1, 2)) + wanted[here].sum((1, 2)) + 1)).mean() if here.any() else maps * 0
+    edge_bins = torch.cat([boxes[..., :2], boxes[..., 2:] - 1], -1)[here].clamp(0, SIDE - 1)  # [n, 4]
+    at = torch.arange(SIDE, device=device)
+    soft = torch.softmax(-((at - edge_bins[..., None]) ** 2) / (2 * 1.5**2), -1)
+    edges = -(soft * output.edges[here].log_softmax(-1)).sum(-1).mean() if here.any() else maps * 0
+    sure = presence >= 0
+    there = F.binary_cross_entropy_with_logits(output.presence[sure], here[sure].float())
+    return {
+        "maps": maps,
+        "dice": dice,
+        "edges": edges * 0.25,
+        "presence": there * 2,
+        "modality": F.cross_entropy(output.modality, modality) * 0.5,
+        "body_part": F.cross_entropy(output.body_part, body_part) * 0.2,
+    }
+
+
+def box_iou_of(output: StructureOutput, targets: list[Targets]) -> list[float]:
+    """Return the IoU of predicted and true box of every present structure of a batch."""
+    predicted = boxes_from_edges(output.edges)
+    values = []
+    for i, t in enumerate(targets):
+        for s in t.structures.tolist():
+            a, b = predicted[i, s].tolist(), t.boxes[s].tolist()
+            w = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+            h = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h
+            values.append(w * h / union if union > 0 else 0.0)
+    return values
+
+
+def kept_back(count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Return bool [count]: the one sample in sixteen that is never fitted on, for calibration and curves."""
+    return np.arange(count) % 16 == 7
+
+
+def train_structures(
+    cache: FeatureCache, folder: Path, *, epochs: float, batch: int, rate: float, seed: int, device: torch.device, log: Log
+) -> StructureHead:
+    """Return the trained dense head; resumes from `folder/structure.pt`."""
+    torch.manual_seed(seed)
+    head = StructureHead(CONFIG).to(device)
+    count = cache.ready
+    fit = np.flatnonzero(~kept_back(count))
+    targets = [make_targets(cache, i) for i in range(count)]
+    steps = int(len(fit) * epochs / batch)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: min(1.0, (s + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))))
+    )
+    path, first = folder / "structure.pt", 0
+    if path.exists():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        head.load_state_dict(saved["head"])
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+    start = time.monotonic()
+    order_of = lambda epoch: np.random.default_rng([seed, epoch]).permutation(fit)  # noqa: E731
+    per_epoch = len(fit) // batch
+    running: dict[str, float] = {}
+    head.train()
+    for step in range(first, steps):
+        epoch, at = divmod(step, per_epoch)
+        rows = order_of(epoch)[at * batch : (at + 1) * batch]
+        features = torch.from_numpy(np.stack([cache.features[i] for i in rows])).to(device).float()
+        with torch.autocast(device.type, torch.bfloat16):
+            output = head(features)
+        losses = structure_loss(output, [targets[i] for i in rows], torch.as_tensor(cache.modality[rows], device=device),
+                                torch.as_tensor(cache.body_part[rows], device=device))  # fmt: skip
+        optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        for name, value in losses.items():
+            running[name] = 0.95 * running.get(name, float(value)) + 0.05 * float(value)
+        if step % 50 == 49 or step == steps - 1:
+            each = (time.monotonic() - start) / (step + 1 - first)
+            parts = ", ".join(f"{k} {v:.3f}" for k, v in running.items())
+            log(f"structure {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}")
+        if step % 200 == 199 or step == steps - 1:
+            temporary = path.with_suffix(".tmp")
+            torch.save({"head": head.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
+                        "step": step + 1}, temporary)  # fmt: skip
+            temporary.replace(path)
+    return head.eval()
+
+
+@torch.no_grad()
+def calibrate_presence(head: StructureHead, cache: FeatureCache, device: torch.device, log: Log) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift) [structures] for the presence logits, fitted on the kept-back samples.
+
+    One scale for all (a fit per structure would need more samples), and a shift that makes a presence of one half the
+    point where falsely found and falsely missed structures cost the same.
+    """
+    logits, truth = [], []
+    ious: list[float] = []
+    right = 0
+    rows = np.flatnonzero(kept_back(cache.ready))
+    for i in rows:
+        features = torch.from_numpy(np.array(cache.features[i : i + 1])).to(device).float()
+        output = head(features)
+        targets = make_targets(cache, int(i))
+        ious += box_iou_of(output, [targets])
+        right += int(output.modality.argmax()) == cache.modality[i]
+        sure = targets.presence >= 0
+        logits.append(output.presence[0].cpu()[sure])
+        truth.append((targets.presence[sure] == 1).float())
+    x, y = torch.cat(logits), torch.cat(truth)
+    with torch.enable_grad():
+        scale = torch.ones(1, requires_grad=True)
+        shift = torch.zeros(1, requires_grad=True)
+        fitter = torch.optim.LBFGS([scale, shift], max_iter=50)
+
+        def loss() -> Tensor:
+            fitter.zero_grad()
+            value = F.binary_cross_entropy_with_logits(x * scale + shift, y)
+            value.backward()
+            return value
+
+        fitter.step(loss)
+    p = torch.sigmoid(x * scale.detach() + shift.detach())
+    found, there = p >= 0.5, y == 1
+    log(f"kept-back samples: box IoU {np.mean(ious):.3f}, modality {right / len(rows):.3f}, "
+        f"found {float(found[there].float().mean()):.3f}, falsely found {float(found[~there].float().mean()):.4f}, "
+        f"scale {float(scale):.2f}, shift {float(shift):.2f}")  # fmt: skip
+    n = len(STRUCTURES)
+    return scale.detach().expand(n).clone(), shift.detach().expand(n).clone()

@@ -1,0 +1,175 @@
+"""The decoding loop over a Runner of ten lines that has no model behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemed.box_grammar import BoxGrammar, BoxTokens, FreeGrammar
+from edgemed.decoding import Decoded, DecodeOptions, decode
+from edgemed.errors import InvalidInput
+
+BOS, EOS, REF, REF_END, BOX, BOX_END, SEG, FIRST = range(8)
+BINS, VOCABULARY, WIDTH = 12, 30, 4
+TOKENS = BoxTokens(
+    box=BOX,
+    box_end=BOX_END,
+    ref=REF,
+    ref_end=REF_END,
+    seg=SEG,
+    eos=EOS,
+    first_coordinate=FIRST,
+    bins=BINS,
+    never=(BOS,),
+)
+PROMPT = [BOS, 25, 26]
+FIXED = {"image_tokens": np.zeros((2, WIDTH), np.float32)}
+
+
+class FakeRunner:
+    """Logits from a function of everything that went in so far; hidden states that tell which token went in where."""
+
+    backend, device = "fake", "none"
+
+    def __init__(self, logits: Callable[[list[int]], np.ndarray]) -> None:
+        self.logits, self.seen, self.calls = logits, [], []
+
+    def run(self, feeds):
+        past, ids = int(feeds["past_length"][0]), feeds["input_ids"][0].tolist()
+        assert past == len(self.seen)
+        self.seen += ids
+        self.calls.append(len(ids))
+        hidden = np.full((1, 1, WIDTH), self.seen[-1] * 1000 + len(self.seen) - 1, np.float32)
+        return {"logits": self.logits(self.seen).astype(np.float32)[None, None], "hidden": hidden}
+
+
+def script(*answer: int) -> FakeRunner:
+    """A model that wants to say `answer` and then end."""
+
+    def logits(seen: list[int]) -> np.ndarray:
+        said = len(seen) - len(PROMPT)
+        return np.eye(VOCABULARY)[answer[said] if said < len(answer) else EOS] * 5
+
+    return FakeRunner(logits)
+
+
+def noise(seed: int, scale: float = 3.0) -> FakeRunner:
+    rng = np.random.default_rng(seed)
+    return FakeRunner(lambda seen: rng.normal(0, scale, VOCABULARY))
+
+
+def run(runner: FakeRunner, grammar=None, **options) -> Decoded:
+    return decode(runner, PROMPT, FIXED, grammar or FreeGrammar(VOCABULARY), DecodeOptions(eos_id=EOS, **options))
+
+
+def as_text(ids: tuple[int, ...]) -> str:
+    names = {REF: "<ref>", REF_END: "</ref>", BOX: "<box>", BOX_END: "</box>", SEG: "<seg>", BOS: "<bos>", EOS: "<eos>"}
+    return "".join(
+        names.get(i) or (f"<c{i - FIRST}>" if i < FIRST + BINS else chr(ord("a") + i - FIRST - BINS)) for i in ids
+    )
+
+
+PLACE = re.compile(r"<ref>([a-z]+)</ref><box><c(\d+)><c(\d+)><c(\d+)><c(\d+)></box>(<seg>)?")
+
+
+def check_parses(ids: tuple[int, ...]) -> int:
+    """Return the number of places; fail if a tag or a coordinate is left outside of them or a box is not in order."""
+    text = as_text(ids)
+    for _, x0, y0, x1, y1, _ in PLACE.findall(text):
+        assert int(x0) < int(x1) < BINS
+        assert int(y0) < int(y1) < BINS
+    assert "<" not in PLACE.sub("", text), text
+    return len(PLACE.findall(text))
+
+
+def test_greedy_says_what_the_model_wants_and_ends() -> None:
+    runner = script(25, REF, 26, REF_END)
+    decoded = run(runner)
+    assert (decoded.ids, decoded.ended) == ((25, REF, 26, REF_END), True)
+    assert (decoded.prompt_tokens, decoded.decoder_calls, runner.calls) == (3, 5, [3, 1, 1, 1, 1])
+    assert decoded.log_probs == pytest.approx([5 - np.log(np.exp(5) + VOCABULARY - 1)] * 4, abs=1e-5)
+    assert decoded.prefill_ms > 0
+    assert decoded.step_ms > 0
+
+
+def test_log_probabilities_count_only_what_the_grammar_allows() -> None:
+    runner = FakeRunner(lambda seen: np.zeros(VOCABULARY) if len(seen) == len(PROMPT) else np.eye(VOCABULARY)[EOS])
+    decoded = run(runner, BoxGrammar(TOKENS, VOCABULARY))
+    assert decoded.ids == (EOS,) or decoded.ids == ()  # the tie goes to the smallest allowed id, the end
+    grammar = BoxGrammar(TOKENS, VOCABULARY)
+    decoded = run(script(REF, 25, REF_END, BOX, FIRST, FIRST, FIRST + 11, FIRST + 11, BOX_END), grammar)
+    assert decoded.log_probs[3] == 0.0  # after </ref> only <box> may follow
+    assert decoded.log_probs[8] == 0.0
+
+
+def test_hidden_states_are_those_where_the_token_went_in() -> None:
+    decoded = run(script(25, SEG, 26, SEG), keep_hidden=frozenset({SEG}))
+    assert [i for i, _ in decoded.hidden] == [1, 3]
+    assert [int(h[0]) for _, h in decoded.hidden] == [SEG * 1000 + 4, SEG * 1000 + 6]
+
+
+def test_a_hidden_state_wanted_at_the_limit_costs_one_more_call() -> None:
+    runner = script(25, SEG, 26)
+    decoded = run(runner, keep_hidden=frozenset({SEG}), max_new_tokens=2)
+    assert (decoded.ids, decoded.ended, len(runner.calls)) == ((25, SEG), False, 3)
+    assert int(decoded.hidden[0][1][0]) == SEG * 1000 + 4
+
+
+def test_the_limit_ends_an_answer_where_it_can_be_read() -> None:
+    said = (25, REF, 26, REF_END, BOX, *(FIRST + v for v in (1, 2, 3, 4)), BOX_END, 25, REF, 26, REF_END)
+    for limit in range(1, len(said) + 1):
+        decoded = run(script(*said), BoxGrammar(TOKENS, VOCABULARY), max_new_tokens=limit)
+        check_parses(decoded.ids)
+        assert not decoded.ended or limit == len(said)
+        assert decoded.ids == said[: 1 if limit < 10 else min(limit, 11)]
+        assert len(decoded.log_probs) == len(decoded.ids)
+
+
+def test_the_cache_is_never_asked_for_more_than_it_holds() -> None:
+    runner = script(*[25] * 50)
+    decoded = run(runner, cache=8, keep_hidden=frozenset({25}))
+    assert len(decoded.ids) == 5
+    assert len(runner.seen) == 8
+    with pytest.raises(InvalidInput, match="1 to 2 fit"):
+        run(script(), cache=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.5, 3.0]), st.integers(1, 120))
+def test_whatever_the_logits_everything_decoded_can_be_read(seed: int, temperature: float, limit: int) -> None:
+    decoded = run(noise(seed), BoxGrammar(TOKENS, VOCABULARY), temperature=temperature, max_new_tokens=limit)
+    check_parses(decoded.ids)
+    assert len(decoded.ids) <= limit
+    assert all(p <= 0 for p in decoded.log_probs)
+
+
+def test_random_logits_do_write_boxes() -> None:
+    grammar = BoxGrammar(TOKENS, VOCABULARY)
+    assert sum(check_parses(run(noise(seed), grammar, temperature=1.0).ids) for seed in range(60)) > 20
+
+
+def test_sampling_is_reproducible_and_follows_the_probabilities() -> None:
+    logits = np.full(VOCABULARY, -20.0)
+    logits[[EOS, 25, 26]] = np.log([0.5, 0.3, 0.2])
+
+    def first_token(seed: int, temperature: float) -> int:
+        decoded = run(FakeRunner(lambda seen: logits), temperature=temperature, seed=seed, max_new_tokens=1)
+        return decoded.ids[0] if decoded.ids else EOS
+
+    drawn = [first_token(seed, 1.0) for seed in range(2000)]
+    assert drawn == [first_token(seed, 1.0) for seed in range(2000)]
+    assert np.bincount(drawn, minlength=27)[[EOS, 25, 26]] / 2000 == pytest.approx([0.5, 0.3, 0.2], abs=0.04)
+    assert {first_token(seed, 1e-300) for seed in range(20)} == {EOS}
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": np.nan}, {"seed": -1}]
+)
+def test_options_that_make_no_sense_are_refused(option: dict[str, float]) -> None:
+    with pytest.raises(InvalidInput):
+        DecodeOptions(eos_id=EOS, **option)

@@ -1,0 +1,143 @@
+"""Imports point down only, and each layer knows only its own outside libraries (ARCHITECTURE.md, Layers)."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "edgemed": ROOT / "edgemed",
+    "edgemed.calibration": ROOT / "calibration",
+    "edgemed.export": ROOT / "export",
+    "edgemed.triton_kernels": ROOT / "triton_kernels",
+}
+
+LAYERS = {
+    "__main__": 7,
+    "cli": 6,
+    "infer": 5,
+    "evaluation": 5,
+    "calibration": 5,
+    "decoding": 4,
+    "training": 4,
+    "export": 4,
+    "families": 3,
+    "models": 2,
+    "dicom": 1,
+    "report": 1,
+    "bundle": 1,
+    "backends": 1,
+    "triton_kernels": 1,
+    "box_grammar": 1,
+    "core": 0,
+    "files": 0,
+    "graphs": 0,
+    "geometry": 0,
+    "errors": 0,
+}
+
+TORCH = {"torch", "safetensors"}
+OUTSIDE = {
+    "cli": {"click", "numpy", "pydicom", "onnxruntime"},  # the last two only in `doctor`, inside its functions
+    "infer": {"numpy"},
+    "evaluation": {"numpy"},
+    "calibration": {"numpy", "onnx", "onnxruntime"},
+    "decoding": {"numpy"},
+    "training": {"numpy", "accelerate", "matplotlib", "nibabel", "PIL", "pydicom", "tokenizers", *TORCH},
+    "export": {"numpy", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "ml_dtypes", *TORCH},
+    "families": {"numpy", "tokenizers"},
+    "models": {"numpy", *TORCH},
+    "dicom": {"numpy", "pydicom", "highdicom", "imagecodecs", "PIL"},
+    "report": {"numpy", "PIL"},
+    "bundle": {"numpy"},
+    "backends": {"numpy", "onnxruntime", "torch"},
+    "triton_kernels": {"numpy", "triton", "torch"},
+    "box_grammar": {"numpy"},
+    "core": {"numpy"},
+    "files": set[str](),
+    "graphs": {"numpy"},
+    "geometry": {"numpy"},
+    "errors": set[str](),
+}
+"""Part -> the libraries its files may import. Build halves of families (`*_torch`) may import torch, too."""
+
+
+def modules() -> Iterator[tuple[str, str, Path]]:
+    """Yield (module, part, file) of every file of the package; the part is its name below edgemed."""
+    for package, folder in FOLDERS.items():
+        for file in sorted(folder.rglob("*.py")):
+            inner = file.relative_to(folder).with_suffix("").parts
+            module = ".".join((package, *inner)).removesuffix(".__init__")
+            if module != "edgemed":
+                yield module, module.split(".")[1], file
+
+
+def imports(file: Path, module: str) -> Iterator[str]:
+    """Yield every module that `file` imports anywhere, in functions too; not those for the type checker alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import; say the whole name"
+            assert node.module is not None
+            if node.module == "edgemed":
+                yield from (f"edgemed.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+MODULES = list(modules())
+
+
+@pytest.mark.parametrize(("module", "part", "file"), MODULES, ids=[m for m, _, _ in MODULES])
+def test_imports_point_down_and_libraries_are_the_parts_own(module: str, part: str, file: Path) -> None:
+    assert part in LAYERS, f"{module} has no layer; give it one here and in ARCHITECTURE.md"
+    for imported in imports(file, module):
+        top = imported.split(".")[0]
+        if top == "edgemed":
+            target = imported.split(".")[1] if "." in imported else ""
+            if target in LAYERS and target != part:
+                assert LAYERS[target] < LAYERS[part] or _siblings(part, target), f"{module} imports {imported}"
+        elif top not in sys.stdlib_module_names:
+            allowed = OUTSIDE[part] | (TORCH if module.endswith("_torch") else set())
+            assert top in allowed, f"{module} imports {top}, which is not a library of '{part}'"
+
+
+def _siblings(part: str, target: str) -> bool:
+    """Tell whether both are in layer 0, which is one group: core, errors, files, geometry, graphs."""
+    return LAYERS[part] == LAYERS[target] == 0
+
+
+def test_runtime_half_of_the_families_knows_no_models() -> None:
+    for module, part, file in MODULES:
+        if part == "families" and not module.endswith("_torch"):
+            assert not any(name.startswith("edgemed.models") for name in imports(file, module)), module
+
+
+def test_every_part_of_the_table_exists() -> None:
+    assert {part for _, part, _ in MODULES} >= set(LAYERS) - {"calibration"}
+
+
+def test_no_family_is_named_outside_families() -> None:
+    for module, part, file in MODULES:
+        if part in ("families", "training", "export"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                text = ast.unparse(node)
+                assert not ("family" in text and "'native'" in text), f"{module}: {text}"
