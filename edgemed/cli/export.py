@@ -13,9 +13,12 @@ from edgemed.errors import CannotRead
 
 @click.command("export", short_help="Make a bundle from a checkpoint.")
 @click.argument("checkpoint", metavar="CHECKPOINT")
-@click.option("-o", "output", required=True, metavar="BUNDLE", help="Folder to write; it must not exist yet.")
+@click.option("-o", "output", required=True, metavar="BUNDLE", help="Folder to write.")
+@click.option("--name", metavar="NAME", help="Name of the bundle (default: the checkpoint's folder).")
+@click.option("--slices", metavar="FOLDER", help="Scans to compare on (default: some inside the pydicom package).")
+@click.option("--replace", is_flag=True, help="Replace an older bundle in that folder.")
 @debug_option
-def command(checkpoint: str, output: str) -> None:
+def command(checkpoint: str, output: str, name: str | None, slices: str | None, replace: bool) -> None:
     """Turn the folder CHECKPOINT into a bundle of ONNX graphs.
 
     Fails, and writes nothing, if the graphs do not compute what torch does.
@@ -25,5 +28,7 @@ def command(checkpoint: str, output: str) -> None:
     need(("torch", "onnx", "onnxscript", "onnxruntime"), "export", "export")
     from edgemed.export import export_bundle
 
-    bundle = export_bundle(Path(checkpoint), Path(output))
+    bundle = export_bundle(
+        Path(checkpoint), Path(output), name=name, slices=Path(slices) if slices else None, replace=replace
+    )
     print(f"wrote {bundle.path}, sha256 {bundle.digest}")

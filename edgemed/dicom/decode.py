@@ -1,11 +1,11 @@
 """One frame of stored values: found in the file, its codestream checked against the header, decoded.
 
-Decoders, tried in this order (none is GPL): pyjpegls (JPEG-LS), pylibjpeg with openjpeg or rle (JPEG 2000, HTJ2K, RLE), gdcm,
-Pillow, pydicom's own RLE, and last imagecodecs through the plug-in below, for what the others cannot (12-bit JPEG).
-pylibjpeg is only asked for the two codecs named, so an installed pylibjpeg-libjpeg (GPL) is never used.
+Decoders, tried in this order (none is GPL): pyjpegls (JPEG-LS), pylibjpeg with openjpeg or rle (JPEG 2000, HTJ2K, RLE),
+gdcm, Pillow, pydicom's own RLE, and last imagecodecs through the plug-in below, for what the others cannot (12-bit
+JPEG). pylibjpeg is only asked for the two codecs named, so an installed pylibjpeg-libjpeg (GPL) is never used.
 
-The module is itself a pydicom decoder plug-in: `DECODER_DEPENDENCIES`, `is_available` and `_decode_frame` are the three names
-pydicom looks for.
+The module is itself a pydicom decoder plug-in: `DECODER_DEPENDENCIES`, `is_available` and `_decode_frame` are the three
+names pydicom looks for.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 LABEL = "edgemed-imagecodecs"
 _IMAGECODECS = {
-    **{uid: "jpeg_decode" for uid in h.JPEG[:2]},
-    **{uid: "ljpeg_decode" for uid in h.JPEG[2:]},
-    **{uid: "jpegls_decode" for uid in h.JPEG_LS},
-    **{uid: "jpeg2k_decode" for uid in h.J2K},
+    **dict.fromkeys(h.JPEG[:2], "jpeg_decode"),
+    **dict.fromkeys(h.JPEG[2:], "ljpeg_decode"),
+    **dict.fromkeys(h.JPEG_LS, "jpegls_decode"),
+    **dict.fromkeys(h.J2K, "jpeg2k_decode"),
 }
-DECODER_DEPENDENCIES = {uid: ("imagecodecs",) for uid in _IMAGECODECS}
+DECODER_DEPENDENCIES = dict.fromkeys(_IMAGECODECS, ("imagecodecs",))
 _ORDER = {
-    **{uid: ("gdcm", "pillow", LABEL) for uid in h.JPEG},
-    **{uid: ("pyjpegls", "gdcm", LABEL) for uid in h.JPEG_LS},
-    **{uid: ("pylibjpeg", "gdcm", "pillow", LABEL) for uid in h.J2K},
-    **{uid: ("pylibjpeg",) for uid in h.HTJ2K},
+    **dict.fromkeys(h.JPEG, ("gdcm", "pillow", LABEL)),
+    **dict.fromkeys(h.JPEG_LS, ("pyjpegls", "gdcm", LABEL)),
+    **dict.fromkeys(h.J2K, ("pylibjpeg", "gdcm", "pillow", LABEL)),
+    **dict.fromkeys(h.HTJ2K, ("pylibjpeg",)),
     h.RLE: ("pylibjpeg", "pydicom"),
 }
 
 
 def is_available(uid: str) -> bool:
-    """Return whether imagecodecs is installed and has a decoder for transfer syntax `uid` (pydicom plug-in interface)."""
+    """Return whether imagecodecs is there and decodes transfer syntax `uid` (pydicom plug-in interface)."""
     from importlib.util import find_spec
 
     return uid in _IMAGECODECS and find_spec("imagecodecs") is not None
@@ -67,8 +67,9 @@ def read_stored(header: h.Header, frame: int, limits: Limits) -> tuple[npt.NDArr
     Stored values: [rows, columns] or [rows, columns, 3], of the file's own integer or float type, unused bits cleared.
     YBR_FULL and YBR_FULL_422 come back as RGB.
 
-    Raises InvalidInput for a frame that does not exist or a damaged stream, CannotRead for truncated pixel data, ResourceLimit
-    for a stream that declares more than the header or expands too much, UnsupportedDicom if no decoder takes it.
+    Raises InvalidInput for a frame that does not exist or a damaged stream, CannotRead for truncated pixel data,
+    ResourceLimit for a stream that declares more than the header or expands too much, UnsupportedDicom if no decoder
+    takes it.
     """
     if not 0 <= frame < header.frames:
         raise InvalidInput(f"frame {frame} was asked for; the file has {header.frames} (0 to {header.frames - 1})")
@@ -92,22 +93,26 @@ def _native(header: h.Header, frame: int) -> tuple[npt.NDArray[Any], str]:
         raise CannotRead(f"the pixel data is truncated: it ends before the end of frame {frame}")
     if header.bits == 1:
         return _bits(header, frame), photometric
-    # pydicom knows no partial range: the bytes are laid out as in YBR_FULL(_422), the colours are converted in `values`.
+    # pydicom knows no partial range: the bytes are laid out as in YBR_FULL(_422), `values` converts the colours.
     layout = {"YBR_PARTIAL_422": "YBR_FULL_422", "YBR_PARTIAL": "YBR_FULL"}.get(photometric, photometric)
     array, shown = _decode(header, frame, layout, "", raw=layout != photometric)
     return array, photometric.removesuffix("_422") if layout != photometric else shown
 
 
 def _bits(header: h.Header, frame: int) -> npt.NDArray[np.uint8]:
-    """Return a frame of packed bits as 0 and 1. A frame may start inside a byte, where pydicom 3.0.2 reads one too few."""
+    """Return a frame of packed bits as 0 and 1. It may start inside a byte, where pydicom 3.0.2 reads one too few."""
     count = header.rows * header.columns * header.samples
     first = frame * count
     header.file.seek(header.offset + first // 8)
     packed = np.frombuffer(header.file.read((first % 8 + count + 7) // 8), np.uint8)
     if header.transfer_syntax == h.BIG_ENDIAN and header.vr == "OW":
-        raise UnsupportedDicom("packed bits in big endian words are not supported; convert it to Explicit VR Little Endian")
+        raise UnsupportedDicom(
+            "packed bits in big endian words are not supported; convert it to Explicit VR Little Endian"
+        )
     bits = np.unpackbits(packed, bitorder="little")[first % 8 : first % 8 + count]
-    return bits.reshape((header.rows, header.columns) if header.samples == 1 else (header.rows, header.columns, header.samples))
+    return bits.reshape(
+        (header.rows, header.columns) if header.samples == 1 else (header.rows, header.columns, header.samples)
+    )
 
 
 def _encapsulated(header: h.Header, frame: int, limits: Limits) -> tuple[npt.NDArray[Any], str]:
@@ -148,7 +153,7 @@ def _decode(header: h.Header, frame: int, photometric: str, plugin: str, raw: bo
         )
     except (MemoryError, ResourceLimit):
         raise
-    except Exception as error:  # decoders raise any class; the text may quote header values, so only its class is kept
+    except Exception as error:  # noqa: BLE001  decoders raise any class; the text may quote header values, so only its class is kept
         raise InvalidInput(f"the pixel data cannot be decoded ({type(error).__name__})") from None
     return array, str(facts["photometric_interpretation"])
 
@@ -163,10 +168,10 @@ def _frame_bytes(header: h.Header, frame: int) -> bytes:
     table = header.ds.get("ExtendedOffsetTable"), header.ds.get("ExtendedOffsetTableLengths")
     try:
         data = get_frame(
-            file,  # type: ignore[arg-type]
+            file,
             frame,
             number_of_frames=header.frames,
-            extended_offsets=table if all(table) else None,  # type: ignore[arg-type]
+            extended_offsets=table if all(table) else None,
         )
     except (ValueError, IndexError, EOFError, TypeError, StopIteration):
         if file.short or file.tell() >= file.size:
@@ -184,7 +189,8 @@ def check_stream(header: h.Header, data: bytes, limits: Limits) -> None:
     unpacked = header.rows * header.columns * header.samples * header.bits // 8
     if unpacked > limits.expansion_floor_bytes and unpacked > limits.max_expansion * len(data):
         raise ResourceLimit(
-            f"the frame's {len(data)} compressed bytes ask for {unpacked >> 20} MiB, over {limits.max_expansion} times as much"
+            f"the frame's {len(data)} compressed bytes ask for {unpacked >> 20} MiB, "
+            f"over {limits.max_expansion} times as much"
         )
     if header.transfer_syntax == h.RLE:
         check_rle(data, header.samples * max(header.bits // 8, 1))

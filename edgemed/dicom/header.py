@@ -1,10 +1,11 @@
 """The header of a DICOM file: only the elements that pixels need, read within limits, without touching pixel data.
 
-Covers file meta, missing preamble and missing transfer syntax, deflated datasets, where the pixel data lies, and the pixel
-budget. Elements outside `_TAGS` (names, ids, dates among them) are skipped by the parser and never become values.
+Covers file meta, missing preamble and missing transfer syntax, deflated datasets, where the pixel data lies, and the
+pixel budget. All but `_WANTED` (names, ids, dates among them) are skipped by the parser and never become values.
 
-Policy for a missing or empty Transfer Syntax UID: explicit or implicit VR and byte order are read off the first element; if
-the pixel data then has undefined length, the first frame's codestream names the compression, else the file is refused.
+Policy for a missing or empty Transfer Syntax UID: explicit or implicit VR and byte order are read off the first
+element; if the pixel data then has undefined length, the first frame's codestream names the compression, else the file
+is refused.
 """
 
 from __future__ import annotations
@@ -37,23 +38,27 @@ PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL",
                "YBR_ICT", "YBR_RCT")  # fmt: skip
 
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
-_TAGS = (
-    (0x0002 << 16 | 0x0010,)
-    + tuple(0x00080000 | e for e in (0x0016, 0x0018, 0x0060, 0x0005))
-    + tuple(0x00200000 | e for e in (0x000D, 0x000E, 0x0052))
-    + tuple(0x00280000 | e for e in (0x0002, 0x0004, 0x0006, 0x0008, 0x0010, 0x0011, 0x0030))
-    + tuple(0x00280000 | e for e in (0x0100, 0x0101, 0x0102, 0x0103, 0x0120, 0x0121, 0x0122, 0x0124))
-    + tuple(0x00280000 | e for e in (0x1050, 0x1051, 0x1052, 0x1053, 0x1054, 0x1056, 0x3000, 0x3010))
-    + tuple(0x00280000 | e for e in (0x1101, 0x1102, 0x1103, 0x1201, 0x1202, 0x1203, 0x1221, 0x1222, 0x1223))
-    + (0x00041220, 0x00089205, 0x20500020, 0x3004000E, 0x52009229, 0x52009230, 0x7FE00001, 0x7FE00002)
-)
+_WANTED = (
+    "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID",
+    "FrameOfReferenceUID", "PixelPresentation", "PresentationLUTShape", "DoseGridScaling",
+    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelSpacing",
+    "PixelPaddingValue", "PixelPaddingRangeLimit", "FloatPixelPaddingValue",
+    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
+    "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence",
+    *(f"{c}PaletteColorLookupTable{x}" for c in ("Red", "Green", "Blue") for x in ("Descriptor", "Data")),
+    *(f"Segmented{c}PaletteColorLookupTableData" for c in ("Red", "Green", "Blue")),
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+)  # fmt: skip
 
 
 class BoundedFile(io.RawIOBase):
     """A binary file that never reads past its end in one allocation and counts its reads.
 
-    A declared length of 4 GiB in a 1 KiB file would make the plain file object allocate 4 GiB first. `short` becomes True
-    when more was asked for than the file holds: the sign of truncation. Raises ResourceLimit after `reads` read calls.
+    A declared length of 4 GiB in a 1 KiB file would make the plain file object allocate 4 GiB first. `short` becomes
+    True when more was asked for than the file holds: the sign of truncation. Raises ResourceLimit after `reads` read
+    calls.
     """
 
     def __init__(self, file: BinaryIO, reads: int) -> None:
@@ -66,7 +71,7 @@ class BoundedFile(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         self._left -= 1
         if self._left < 0:
-            raise ResourceLimit("the header has more data elements than the limit allows")
+            raise ResourceLimit("the header's sequences have more data elements than the limit allows")
         remaining = max(self.size - self._file.tell(), 0)
         if size is None or size < 0:
             return self._file.read(remaining)
@@ -132,8 +137,9 @@ class _Pixels:
 def read_header(file: BinaryIO, limits: Limits) -> Header:
     """Return the header of the DICOM file `file`, checked against the pixel budget.
 
-    Raises CannotRead if it is truncated, InvalidInput if required elements are missing or make no sense, UnsupportedDicom if it
-    holds no pixels or a compression that is not supported, ResourceLimit if it asks for more than `limits`.
+    Raises CannotRead if it is truncated, InvalidInput if required elements are missing or make no sense,
+    UnsupportedDicom if it holds no pixels or a compression that is not supported, ResourceLimit if it asks for more
+    than `limits`.
     """
     bounded = BoundedFile(file, limits.max_header_reads)
     try:
@@ -143,6 +149,7 @@ def read_header(file: BinaryIO, limits: Limits) -> Header:
 
 
 def _read(file: BoundedFile, limits: Limits) -> Header:
+    from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
 
     if read_preamble(file, force=True) is None:  # type: ignore[arg-type]
@@ -162,6 +169,8 @@ def _read(file: BoundedFile, limits: Limits) -> Header:
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
         nonlocal elements
         elements += 1
+        if elements > limits.max_elements:
+            raise ResourceLimit(f"the header has more than {limits.max_elements} data elements")
         if tag >> 16 == 0 and elements > 32:
             raise InvalidInput("the dataset holds elements of group 0000; it is damaged or not DICOM")
         if tag in _PIXELS:
@@ -169,8 +178,9 @@ def _read(file: BoundedFile, limits: Limits) -> Header:
             return True
         return False
 
+    tags = [tag for tag in map(tag_for_keyword, _WANTED) if tag is not None]
     file.seek(start)
-    ds = read_dataset(file, implicit, little, stop_when=at_pixels, specific_tags=list(_TAGS))  # type: ignore[arg-type]
+    ds = read_dataset(file, implicit, little, stop_when=at_pixels, specific_tags=tags)  # type: ignore[arg-type]
     sop_class = str(meta.get("MediaStorageSOPClassUID") or _text(ds, "SOPClassUID") or "")
     if not found:
         if file.short:
@@ -183,7 +193,9 @@ def _read(file: BoundedFile, limits: Limits) -> Header:
     if not syntax:
         syntax = _guess_syntax(file, pixels, implicit, little)
     if syntax not in SUPPORTED:
-        raise UnsupportedDicom(f"transfer syntax {_uid_name(syntax)} is not supported; convert it to Explicit VR or JPEG 2000")
+        raise UnsupportedDicom(
+            f"transfer syntax {_uid_name(syntax)} is not supported; convert it to Explicit VR or JPEG 2000"
+        )
     if not sop_class and "SOPClassUID" not in ds:
         sop_class = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture: the class without demands
     if not _text(ds, "SOPClassUID"):
@@ -195,7 +207,7 @@ def _read(file: BoundedFile, limits: Limits) -> Header:
 
 
 def _encoding(file: BoundedFile, start: int, syntax: str) -> tuple[bool, bool]:
-    """Return (implicit VR, little endian) of the dataset at `start`; read off its first element if `syntax` is empty."""
+    """Return (implicit VR, little endian) of the dataset at `start`, off its first element if `syntax` is empty."""
     if syntax:
         return syntax == IMPLICIT, syntax != BIG_ENDIAN
     file.seek(start)
@@ -229,7 +241,9 @@ def _inflate(file: BoundedFile, limits: Limits) -> BoundedFile:
     for part in _inflated(file, start):
         total += len(part)
         if total > allowed:
-            raise ResourceLimit(f"the deflated data set unpacks to more than {allowed >> 20} MiB from {packed >> 10} KiB")
+            raise ResourceLimit(
+                f"the deflated data set unpacks to more than {allowed >> 20} MiB from {packed >> 10} KiB"
+            )
     whole = bytearray(total)
     at = 0
     for part in _inflated(file, start):
@@ -262,7 +276,7 @@ def _text(ds: Dataset, keyword: str) -> str | None:
 
 
 def _finish_tags(ds: Dataset) -> None:
-    """Convert all raw elements now, dropping the ones whose bytes do not fit their VR (pydicom would raise on access)."""
+    """Convert all raw elements now, dropping those whose bytes do not fit their VR (pydicom would raise on access)."""
     for tag in list(ds.keys()):
         try:
             ds[tag].value  # noqa: B018
@@ -307,7 +321,8 @@ def _checked(file: BoundedFile, ds: Dataset, uid: str | None, syntax: str, pixel
         raise InvalidInput(f"the number of frames is {frames}; at least one was expected")
     if samples not in (1, 3) or not (bits == 1 or bits in (8, 16, 32, 64)) or not 1 <= stored <= bits:
         raise UnsupportedDicom(
-            f"{samples} samples per pixel of {stored} bits in {bits} are not supported; 1 or 3 samples of 1, 8, 16 or 32 bits are"
+            f"{samples} samples per pixel of {stored} bits in {bits} are not supported; "
+            "1 or 3 samples of 1, 8, 16 or 32 bits are"
         )
     if floating and bits != floating:
         raise InvalidInput(f"'{pixels.keyword}' has {bits} bits allocated, {floating} were expected")
@@ -331,7 +346,8 @@ def check_budget(header: Header, limits: Limits) -> None:
     pixels = header.rows * header.columns
     if pixels > limits.max_pixels:
         raise ResourceLimit(
-            f"the header asks for {header.columns} x {header.rows} pixels; the limit is {limits.max_pixels} pixels a frame"
+            f"the header asks for {header.columns} x {header.rows} pixels; "
+            f"the limit is {limits.max_pixels} pixels a frame"
         )
     declared = pixels * header.samples * header.bits * header.frames // 8
     if declared > limits.max_declared_bytes:

@@ -1,7 +1,7 @@
 """PNG and JPEG pictures -> what a Scan holds: modality OT, no spacing, EXIF orientation applied.
 
-Grey pictures become float32 with the window over their whole range (8 bit: 127.5, 255); others uint8 RGB, transparency over
-black. The size is read from the header and checked before Pillow decodes anything.
+Grey pictures become float32 with the window over their whole range (8 bit: 127.5, 255); others uint8 RGB, transparency
+over black. The size is read from the header and checked before Pillow decodes anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgemed.dicom.limits import Limits
 from edgemed.dicom.values import Shown
 from edgemed.errors import CannotRead, InvalidInput, ResourceLimit
 
-_HEAD = 1 << 20  # an EXIF block and a colour profile may come before the JPEG frame header
+_HEAD = 16 << 20  # an EXIF block and a colour profile may come before the JPEG frame header
 
 
 def read_picture(path: str, limits: Limits) -> Shown:
@@ -42,7 +42,7 @@ def read_picture(path: str, limits: Limits) -> Shown:
             upright = ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+    except Exception as error:  # noqa: BLE001  Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         if "truncated" in str(error):
             raise CannotRead("the picture is truncated") from None
         raise InvalidInput(f"the picture cannot be decoded ({type(error).__name__})") from None

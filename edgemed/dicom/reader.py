@@ -1,7 +1,7 @@
 """The parent's side: start the child, ask for frames, turn its replies into Scans or errors.
 
-A child serves files one after another. If one of them kills it (memory, CPU or clock limit, a crash in a codec) that file gets
-its error and the next file a fresh child.
+A child serves files one after another. If one of them kills it (memory, CPU or clock limit, a crash in a codec) that
+file gets its error and the next file a fresh child.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edgemed import errors
 from edgemed.core import Scan, Window
 from edgemed.dicom.limits import DEFAULT_LIMITS, Limits
 from edgemed.dicom.sniff import sniff
 from edgemed.dicom.voi import parse_window
-from edgemed.errors import CannotRead, EdgemedError, InvalidInput, ResourceLimit
+from edgemed.errors import CannotRead, EdgemedError, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom
 
 _MAX_LINE = 1 << 16
-_CLASSES = (
-    errors.CannotRead, errors.NoInput, errors.InvalidInput, errors.UnsupportedDicom, errors.ResourceLimit, errors.EdgemedError
-)  # fmt: skip
-_ERRORS: dict[str, type[EdgemedError]] = {c.__name__: c for c in _CLASSES}
+_ERRORS: dict[str, type[EdgemedError]] = {
+    kind.__name__: kind for kind in (CannotRead, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom, EdgemedError)
+}
 
 
 class Reader:
     """Reads scans through one child process; use it as a context manager.
 
-    `start()` only launches the child (about 0.4 s until it can serve) and returns at once, so that a caller can open its model
-    meanwhile. Not for use from several threads.
+    `start()` only launches the child (about 0.4 s until it can serve) and returns at once, so that a caller can open
+    its model meanwhile. Not for use from several threads.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -46,7 +46,9 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def start(self) -> None:
@@ -90,23 +92,21 @@ class Reader:
         child.kill()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
-                try:
+                with suppress(OSError):  # what was still buffered for a child that is gone
                     pipe.close()
-                except OSError:
-                    pass  # what was still buffered for a child that is gone
         child.wait()
 
     def _write(self, message: dict[str, Any]) -> None:
-        assert self._child is not None and self._child.stdin is not None
-        try:
+        assert self._child is not None
+        assert self._child.stdin is not None
+        with suppress(OSError):  # the child is gone: reading its reply tells how
             self._child.stdin.write(json.dumps(message).encode() + b"\n")
             self._child.stdin.flush()
-        except OSError:
-            pass  # the child is gone: reading its reply tells how
 
     def _ask(self, path: str, frame: int, window: Window | None) -> Scan:
         child = self._child
-        assert child is not None and child.stdout is not None
+        assert child is not None
+        assert child.stdout is not None
         expired = threading.Event()
 
         def stop() -> None:
@@ -138,7 +138,9 @@ class Reader:
         if code < 0 and -code == _cpu_signal():
             return ResourceLimit(f"reading it took more than {self._limits.cpu_seconds} s of CPU time")
         if code < 0:
-            return ResourceLimit(f"the decoder was ended by signal {-code}; the file is damaged or needs too much memory")
+            return ResourceLimit(
+                f"the decoder was ended by signal {-code}; the file is damaged or needs too much memory"
+            )
         return CannotRead(f"the decoding process ended with code {code}; check the installation with 'edgemed doctor'")
 
     def _reply(self, child: subprocess.Popen[bytes]) -> Scan:
@@ -152,8 +154,8 @@ class Reader:
         shape, dtype = tuple(int(n) for n in facts.pop("shape")), np.dtype(facts.pop("dtype"))
         if dtype not in (np.dtype(np.float32), np.dtype(np.uint8)) or np.prod(shape[:3]) > self._limits.max_pixels:
             raise ResourceLimit("the decoding process sent more than the limits allow")
-        pixels = np.empty(shape, dtype)
-        _fill(child.stdout, memoryview(pixels).cast("B"))
+        pixels: npt.NDArray[Any] = np.empty(shape, dtype)
+        _fill(child.stdout, pixels.data.cast("B"))
         window, spacing = facts.pop("window"), facts.pop("pixel_spacing_mm")
         return Scan(
             pixels,
@@ -191,7 +193,11 @@ def read_scan(
 
 
 def read_scans(
-    paths: Iterable[str | os.PathLike[str]], *, frame: int = 0, window: str | None = None, limits: Limits = DEFAULT_LIMITS
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    frame: int = 0,
+    window: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[tuple[str, Scan | EdgemedError]]:
     """Yield (path, Scan or the error that it ended in) for each of `paths`, in order, through one child process."""
     with Reader(limits) as reader:

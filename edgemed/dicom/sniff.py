@@ -1,7 +1,7 @@
 """What kind of file is this? Decided from its first bytes, before anything is parsed.
 
-Policy for DICOM without the "DICM" mark: accepted if the file starts with a data element of group 0002 or 0008 (little or
-big endian, with a valid VR or an implicit length that fits the file). Everything else is not DICOM.
+Policy for DICOM without the "DICM" mark: accepted if the file starts with a data element of group 0002 or 0008 (little
+or big endian, with a valid VR or an implicit length that fits the file). Everything else is not DICOM.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _KNOWN = (
 def sniff(path: str) -> Kind:
     """Return the kind of the file at `path`.
 
-    Raises CannotRead (20) if it is missing or may not be read, NoInput (21) for a folder or an empty file, InvalidInput (22)
-    if it is not a plain file or neither DICOM nor a PNG or JPEG picture.
+    Raises CannotRead (20) if it is missing or may not be read, NoInput (21) for a folder or an empty file, InvalidInput
+    (22) if it is not a plain file or neither DICOM nor a PNG or JPEG picture.
     """
     try:
         facts = os.stat(path)
@@ -60,15 +60,15 @@ def sniff(path: str) -> Kind:
 
 
 def kind_of(head: bytes, size: int) -> Kind | None:
-    """Return the kind of a file of `size` bytes that starts with `head` (132 bytes or the whole file), None if unknown."""
+    """Return the kind of a file of `size` bytes that starts with `head` (132 bytes or all of it), None if unknown."""
     if head[128:132] == b"DICM":
         return "dicom"
-    if head.startswith(PNG_START) or head.startswith(JPEG_START):
+    if head.startswith((PNG_START, JPEG_START)):
         return "picture"
     if head[:4] == b"DICM":
         return "bare-dicom"
     for order in ("little", "big"):
-        group = int.from_bytes(head[0:2], order)  # type: ignore[arg-type]
+        group = int.from_bytes(head[0:2], order)
         if len(head) >= 8 and group in (0x0002, 0x0008):
             explicit = head[4:6] in _VRS
             implicit = order == "little" and 0 < int.from_bytes(head[4:8], "little") <= size - 8

@@ -1,15 +1,16 @@
 """Stored values -> what a Scan holds: rescaled float32 where larger is brighter, or uint8 RGB, with its window.
 
-Modality values: slope and intercept of the top level directly; functional groups of enhanced objects and Modality LUTs through
-`highdicom.Image`, which costs 230 ms more to import than pydicom alone (measured: 0.50 s against 0.27 s), so only the files
-that have them pay. pydicom's `apply_modality_lut` ignores functional groups in silence (HU off by the intercept). Real World
-Value Maps are not applied: the VOI window of a file is defined on the modality values (PS3.3 C.11.2).
+Modality values: slope and intercept of the top level directly; functional groups of enhanced objects and Modality LUTs
+through `highdicom.Image`, which costs 230 ms more to import than pydicom alone (measured: 0.50 s against 0.27 s), so
+only the files that have them pay. pydicom's `apply_modality_lut` ignores functional groups in silence (HU off by the
+intercept). Real World Value Maps are not applied: the VOI window of a file is defined on the modality values (PS3.3
+C.11.2).
 
-MONOCHROME1, or Presentation LUT Shape INVERSE: values are mirrored about the middle of the representable range, so that the
-twin with inverted stored values gives equal pixels; the window is mirrored along.
+MONOCHROME1, or Presentation LUT Shape INVERSE: values are mirrored about the middle of the representable range, so that
+the twin with inverted stored values gives equal pixels; the window is mirrored along.
 
-Supplemental palettes (Pixel Presentation COLOR or MIXED): the result is RGB; grey through the window below the first mapped
-stored value, colour from there on (PS3.3 C.7.6.16.2.1, C.8.16.2.1.1).
+Supplemental palettes (Pixel Presentation COLOR or MIXED): the result is RGB; grey through the window below the first
+mapped stored value, colour from there on (PS3.3 C.7.6.16.2.1, C.8.16.2.1.1).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def pixel_spacing(header: Header, frame: int) -> tuple[float, float] | None:
 
 
 def groups(ds: Dataset, frame: int, macro: str) -> list[Dataset]:
-    """Return the datasets that may describe `frame`, most specific first: its own group, the shared group, the top level."""
+    """Return the datasets that may describe `frame`: its own group, the shared group, the top level, in this order."""
     found: list[Dataset] = []
     for keyword, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         items = ds.get(keyword)
@@ -204,8 +205,8 @@ def _number(ds: Dataset, keyword: str) -> float | None:
 def _through_highdicom(ds: Dataset, frame: int, probe: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the modality values of the stored values `probe`, by highdicom, for frame `frame`.
 
-    A one-frame image [1, len(probe)] with this frame's functional groups stands in for the file: highdicom then reads only what
-    the transform needs, and the frame itself never passes through it.
+    A one-frame image [1, len(probe)] with this frame's functional groups stands in for the file: highdicom then reads
+    only what the transform needs, and the frame itself never passes through it.
     """
     from highdicom import Image
     from pydicom.dataset import Dataset, FileMetaDataset
@@ -242,13 +243,13 @@ def _through_highdicom(ds: Dataset, frame: int, probe: npt.NDArray[np.int64]) ->
         )
     except MemoryError:
         raise
-    except Exception as error:  # highdicom's texts may quote values of the file
+    except Exception as error:  # noqa: BLE001  highdicom's texts may quote values of the file
         raise InvalidInput(f"the modality transform cannot be read ({type(error).__name__})") from None
     return np.asarray(values, np.float64).reshape(-1)
 
 
 def _full_range(header: Header, rescale: _Rescale) -> Window | None:
-    """Return the window of display-ready images, which have none: 1-bit masks, and 8-bit pictures that are not measurements."""
+    """Return the window of images that are ready for display: 1-bit masks, and 8-bit pictures, not measurements."""
     bits = int(header.ds.BitsStored)
     measured = _modality(header.ds) in ("CT", "MR", "NM", "PT")
     if header.keyword != "PixelData" or not rescale.is_identity or header.ds.PixelRepresentation == 1:
@@ -291,15 +292,17 @@ def _to_bytes(stored: Array, header: Header) -> npt.NDArray[np.uint8]:
         return np.ascontiguousarray(stored)
     if stored.dtype.kind == "f":
         raise UnsupportedDicom("floating point colour pixels are not supported")
-    return np.clip(stored >> shift, 0, 255).astype(np.uint8)
+    out: npt.NDArray[np.uint8] = np.clip(stored >> shift, 0, 255).astype(np.uint8)
+    return out
 
 
 def _from_partial(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return RGB of YBR_PARTIAL (luma 16..235, chroma 16..240). Source: ITU-R BT.601, the inverse of PS3.3 C.7.6.3.1.2."""
+    """Return RGB of YBR_PARTIAL (luma 16..235, chroma 16..240). Source: ITU-R BT.601; PS3.3 C.7.6.3.1.2."""
     y, b, r = np.moveaxis(image.astype(np.float32), -1, 0)
     y, b, r = 1.1644 * (y - 16), b - 128, r - 128
     rgb = np.stack((y + 1.5960 * r, y - 0.3917 * b - 0.8130 * r, y + 2.0173 * b), axis=-1)
-    return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
+    out: npt.NDArray[np.uint8] = np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
+    return out
 
 
 def _supplemental(ds: Dataset) -> int | None:
@@ -310,7 +313,7 @@ def _supplemental(ds: Dataset) -> int | None:
 
 
 def _palette(stored: Array, header: Header) -> npt.NDArray[np.uint8]:
-    """Return uint8 RGB of stored palette indices; indices outside the table take its nearest end (PS3.3 C.7.6.3.1.5)."""
+    """Return uint8 RGB of palette indices; those outside the table take its nearest end (PS3.3 C.7.6.3.1.5)."""
     from pydicom.dataset import Dataset
     from pydicom.pixels.processing import apply_color_lut
 
@@ -327,7 +330,7 @@ def _palette(stored: Array, header: Header) -> npt.NDArray[np.uint8]:
         image = apply_color_lut(inside.astype(np.int32), tables)
     except MemoryError:
         raise
-    except Exception as error:  # pydicom raises any of five classes here; texts may quote values
+    except Exception as error:  # noqa: BLE001  pydicom raises any of five classes here; texts may quote values
         raise InvalidInput(f"the colour palette does not fit its descriptor ({type(error).__name__})") from None
     image = image[..., :3]
     if image.dtype == np.uint8:

@@ -1,13 +1,14 @@
 """VOI windows: presets, what a user types, and what a DICOM header holds, as one `Window`.
 
-Order, first that exists: the user's window; the header's first window (the frame's own functional group before the shared
-one before the top level); the header's first VOI LUT; the modality's default.
+Order, first that exists: the user's window; the header's first window (the frame's own functional group before the
+shared one before the top level); the header's first VOI LUT; the modality's default.
 
     function in the header   becomes
     LINEAR (or none)         Window(center, width, exact=False): PS3.3 C.11.2.1.2.1, with its half-value shifts
     LINEAR_EXACT             Window(center, width): PS3.3 C.11.2.1.3.2
-    SIGMOID                  Window(center, width): the straight line with the sigmoid's slope at its center (C.11.2.1.3.1)
-    VOI LUT                  Window over the inputs between which the table rises from 1 % to 99 % of its range
+    SIGMOID                  Window(center, width): the straight line with the sigmoid's slope at its center
+    (C.11.2.1.3.1) VOI LUT                  Window over the inputs between which the table rises from 1 % to 99 % of its
+    range
 
 Pure NumPy; header access is duck-typed so that nothing imports pydicom.
 """
@@ -40,7 +41,13 @@ PRESETS: dict[str, tuple[float, float]] = {
 }
 """(center, width) in HU; common reading-room values."""
 
-_SAME = {"soft": "soft-tissue", "softtissue": "soft-tissue", "lungs": "lung", "bones": "bone", "mediastinal": "mediastinum"}
+_SAME = {
+    "soft": "soft-tissue",
+    "softtissue": "soft-tissue",
+    "lungs": "lung",
+    "bones": "bone",
+    "mediastinal": "mediastinum",
+}
 
 
 def parse_window(text: str) -> Window:
@@ -143,7 +150,7 @@ def lut_window(table: npt.NDArray[np.float64], first: int) -> Window | None:
 
 
 def default_window(values: npt.NDArray[np.float32], modality: str, padding: npt.NDArray[np.bool_] | None) -> Window:
-    """Return the window for a scan without one: CT soft tissue, else the 1st to 99th percentile of what is not padding."""
+    """Return the window for a scan without one: CT soft tissue, else percentiles 1 to 99 of what is not padding."""
     if modality == "CT":
         return linear(*PRESETS["soft-tissue"])
     kept = values if padding is None or padding.all() else values[~padding]

@@ -1,8 +1,9 @@
 """The child process that decodes: `python -P -m edgemed.dicom.worker`, started by `reader`.
 
-Requests come as JSON lines on stdin; each reply is one JSON line, then the raw pixel bytes it announces. Nothing is pickled.
-Before the first request the child limits its own memory and, per request, its CPU time; Python and C libraries that print are
-pointed at the null device. Where the platform has no `resource` module (Windows) the parent's clock and the header budgets hold.
+Requests come as JSON lines on stdin; each reply is one JSON line, then the raw pixel bytes it announces. Nothing is
+pickled. Before the first request the child limits its own memory and, per request, its CPU time; Python and C libraries
+that print are pointed at the null device. Where the platform has no `resource` module (Windows) the parent's clock and
+the header budgets hold.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _serve(request: dict[str, Any], limits: Limits, replies: BinaryIO) -> None:
         _fail(replies, ResourceLimit(f"reading it needs more than {limits.memory_bytes >> 20} MiB"))
     except OSError as error:
         _fail(replies, CannotRead(f"it cannot be read: {error.strerror or 'input/output error'}"))
-    except Exception as error:  # the last resort of a parser of hostile files: its class, never its text
+    except Exception as error:  # noqa: BLE001  the last resort of a parser of hostile files: its class, never its text
         _fail(replies, InvalidInput(f"the file is damaged ({type(error).__name__})"))
     else:
         _send(replies, scan)

@@ -203,7 +203,7 @@ def _large(pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _pieces(lit: Mask, diagonal: bool = True) -> list[_Piece]:
-    """Return the connected pieces of `lit` (over corners too with `diagonal`): runs of a row joined with those above."""
+    """Return the connected pieces of `lit` (`diagonal`: over corners, too): runs of a row joined with those above."""
     edges = np.diff(np.pad(lit, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     starts, ends = np.argwhere(edges == 1).tolist(), np.argwhere(edges == -1).tolist()
     runs = [(y, x, end) for (y, x), (_, end) in zip(starts, ends, strict=True)]

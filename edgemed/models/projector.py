@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput, boxes_from_edges
+from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput
 from edgemed.models.tiny_vit import CHANNELS, GRID, SIDE
 
 POOLED = 8
@@ -42,11 +42,9 @@ def box_bins(boxes: Tensor, bins: int) -> Tensor:
     return torch.cat([start, torch.maximum(raw[..., 2:], start + 1)], dim=-1).long()
 
 
-def pool_pictures(features: Tensor, context: Tensor) -> Tensor:
-    """Return [batch, 64, 256 + context]: the feature map and the head's context averaged over an 8 x 8 grid."""
-    fine = F.avg_pool2d(features, GRID // POOLED)
-    broad = F.avg_pool2d(context, context.shape[-1] // POOLED)
-    return torch.cat([fine, broad], dim=1).flatten(2).transpose(1, 2)
+def pool_pictures(features: Tensor) -> Tensor:
+    """Return [batch, 64, 256]: the feature map averaged over an 8 x 8 grid."""
+    return F.avg_pool2d(features, GRID // POOLED).flatten(2).transpose(1, 2)
 
 
 def pool_regions(features: Tensor, maps: Tensor, region_maps: Tensor) -> Tensor:
@@ -80,9 +78,7 @@ class Projector(nn.Module):
         self.structure = nn.Parameter(torch.randn(config.structures, width) * 0.1)
         self.certainty = nn.Parameter(torch.randn(2, width) * 0.1)  # times presence, times "more likely than not"
         self.side = nn.Parameter(torch.randn(4, width) * 0.02)
-        self.picture = nn.Sequential(
-            nn.LayerNorm(CHANNELS + config.context), nn.Linear(CHANNELS + config.context, width)
-        )
+        self.picture = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, width))
         self.grid = nn.Parameter(torch.randn(POOLED * POOLED, width) * 0.02)
         self.region = nn.Sequential(
             nn.Linear(CHANNELS + config.structures + 4, width), nn.GELU(), nn.Linear(width, width)
@@ -95,10 +91,9 @@ class Projector(nn.Module):
         """Return presence probabilities from logits [batch, structures]."""
         return torch.sigmoid(presence * self.presence_scale + self.presence_shift)
 
-    def propose(self, output: StructureOutput) -> Proposals:
-        """Return the 24 likeliest structures of each picture with their boxes as bins."""
+    def propose(self, output: StructureOutput, boxes: Tensor) -> Proposals:
+        """Return the 24 likeliest structures of each picture; boxes [batch, structures, 4] in model pixels."""
         presence, index = self.calibrated(output.presence).topk(PROPOSALS, dim=1)
-        boxes = boxes_from_edges(output.edges)
         chosen = boxes.gather(1, index[..., None].expand(-1, -1, 4))
         return Proposals(index, presence, box_bins(chosen, self.bins))
 
@@ -119,8 +114,10 @@ class Projector(nn.Module):
         """Return (image_tokens [186, width], region_tokens [regions, width], presence [structures], boxes [structures, 4]
         in model pixels, structure_maps [structures, 64, 64] probabilities) of one picture."""
         output = self.head(image_features)
-        pooled = pool_pictures(image_features, output.context)
-        rows = self.rows(output.modality.softmax(1), output.body_part.softmax(1), pooled, self.propose(output), self.coordinates)
+        pooled = pool_pictures(image_features)
+        boxes = self.head.all_boxes(output.maps)
+        proposals = self.propose(output, boxes)
+        rows = self.rows(output.modality.softmax(1), output.body_part.softmax(1), pooled, proposals, self.coordinates)
         regions = self.region(pool_regions(image_features, output.maps, region_maps))
         presence = self.calibrated(output.presence)[0]
-        return rows[0], regions, presence, boxes_from_edges(output.edges)[0], output.maps[0].sigmoid()
+        return rows[0], regions, presence, boxes[0], output.maps[0].sigmoid()

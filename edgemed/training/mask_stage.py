@@ -177,7 +177,7 @@ def train_masks(
         optimiser.step()
         schedule.step()
         for name, value in losses.items():
-            running[name] = 0.97 * running.get(name, float(value)) + 0.03 * float(value)
+            running[name] = 0.97 * running.get(name, value.item()) + 0.03 * value.item()
         if step % 50 == 49 or step == steps - 1:
             each = (time.monotonic() - start) / (step + 1 - first)
             parts = ", ".join(f"{k} {v:.4f}" for k, v in running.items())

@@ -187,8 +187,11 @@ def write_samples(folder: Path, groups: dict[str, list[LabelledSlice]], plan: di
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def write_features(folder: Path, encoder: TinyViT, device: torch.device, log: Log) -> FeatureCache:
-    """Run the encoder over all samples that have no features yet. bf16 on a CPU: 0.44 s a picture against 1.45 s in fp32."""
+def write_features(folder: Path, encoder: TinyViT, most: int, device: torch.device, log: Log) -> FeatureCache:
+    """Run the encoder over the samples that have no features yet, the first `most` (0: all).
+
+    bf16 on a CPU: 0.44 s a picture against 1.45 s in fp32.
+    """
     images = np.load(folder / "images.npy", mmap_mode="r")
     path = folder / "features.npy"
     mode = "r+" if path.exists() else "w+"
@@ -199,16 +202,17 @@ def write_features(folder: Path, encoder: TinyViT, device: torch.device, log: Lo
     encoder = encoder.to(device, memory_format=torch.channels_last).eval()
     start, first = time.monotonic(), done
     batch = 1 if device.type == "cpu" else 32
-    while done < images.shape[0]:
+    wanted = min(most, images.shape[0]) if most else images.shape[0]
+    while done < wanted:
         pixels = torch.from_numpy(np.array(images[done : done + batch])).to(device)
         x = (pixels.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             out = encoder(x)
         features[done : done + batch] = out.float().cpu().numpy().astype(np.float16)
         done += pixels.shape[0]
-        if done % 50 < batch or done == images.shape[0]:
+        if done % 50 < batch or done >= wanted:
             features.flush()
             marker.write_text(str(done))
             each = (time.monotonic() - start) / (done - first)
-            log(f"features {done}/{images.shape[0]}, {each:.2f} s each, {(images.shape[0] - done) * each / 60:.0f} min left")
+            log(f"features {done}/{wanted}, {each:.2f} s each, {(wanted - done) * each / 60:.0f} min left")
     return FeatureCache(folder)

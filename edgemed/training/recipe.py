@@ -13,20 +13,23 @@ from edgemed.errors import CannotRead, InvalidInput
 @dataclass(frozen=True)
 class Data:
     """Where the pictures are. packages: folder that `recipes/fetch_packages.py` fills; records: folder with
-    `records.jsonl`, or "" for none; plan: samples to draw from each source."""
+    `records.jsonl`, or "" for none; plan: samples to draw from each source; most: stop after that many of the plan's
+    random order, 0 for all."""
 
     packages: str = "packages"
     records: str = ""
     plan: dict[str, int] = field(default_factory=dict)
+    most: int = 0
 
 
 @dataclass(frozen=True)
 class Structures:
-    """Stage 1: epochs over the cached samples, batch size, peak learning rate."""
+    """Stage 1: steps, batch size, peak learning rate, how often a group's samples are shown in one pass (default 1)."""
 
-    epochs: float = 10.0
-    batch: int = 8
-    rate: float = 2e-3
+    steps: int = 2600
+    batch: int = 4
+    rate: float = 1.5e-3
+    repeat: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,15 @@ from torch.nn import functional as F
 
 from edgemed.core import Box, Mask
 from edgemed.families.native_lexicon import STRUCTURES
+from edgemed.families.native_regions import POINT_SIDE, box_map, mask_map, point_map
 from edgemed.geometry import BINS, box_iou, box_of, box_to_bins
 from edgemed.models.projector import PROPOSALS, Projector, pool_pictures, pool_regions
-from edgemed.models.tiny_vit import GRID, SIDE
+from edgemed.models.tiny_vit import SIDE
 from edgemed.training.prepare import FeatureCache, Log
 from edgemed.training.tasks import ImageFacts, RegionFact
 
 Bins = tuple[int, int, int, int]
 REGIONS = 5
-POINT_HALF = 0.04
-"""Half the side of the square that stands for a point, in model sides."""
-POINT_SIGMA = 1.5
-"""Spread of a point's weight on the 64 x 64 grid, in cells."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +34,7 @@ class Scene:
     """One sample as the language model sees it. Arrays are float32 unless they are indices."""
 
     sample: int
-    pooled: npt.NDArray[np.float16]  # [64, 256 + context]
+    pooled: npt.NDArray[np.float16]  # [64, 256]
     modality: npt.NDArray[np.float32]  # probabilities
     body_part: npt.NDArray[np.float32]
     index: npt.NDArray[np.int64]  # [24]
@@ -47,35 +44,9 @@ class Scene:
     facts: ImageFacts
 
 
-def box_map(box_model_px: Box) -> npt.NDArray[np.float32]:
-    """Return [64, 64] weights that sum to 1: how much of each cell the box covers."""
-    cell = SIDE / GRID
-    edges = np.arange(GRID + 1) * cell
-
-    def cover(low: float, high: float) -> npt.NDArray[np.float64]:
-        return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)
-
-    weights = np.outer(cover(box_model_px[1], box_model_px[3]), cover(box_model_px[0], box_model_px[2]))
-    return (weights / max(float(weights.sum()), 1e-6)).astype(np.float32)
-
-
-def point_map(x: float, y: float) -> npt.NDArray[np.float32]:
-    """Return [64, 64] weights that sum to 1: a bell around the point (model pixels)."""
-    centres = (np.arange(GRID) + 0.5) * SIDE / GRID
-    spread = 2 * (POINT_SIGMA * SIDE / GRID) ** 2
-    weights = np.outer(np.exp(-((centres - y) ** 2) / spread), np.exp(-((centres - x) ** 2) / spread))
-    return (weights / max(float(weights.sum()), 1e-12)).astype(np.float32)
-
-
-def mask_map(mask: Mask) -> npt.NDArray[np.float32]:
-    """Return [64, 64] weights that sum to 1 from a mask [256, 256] in the model frame."""
-    cells = mask.reshape(GRID, 4, GRID, 4).sum((1, 3)).astype(np.float32)
-    return cells / max(float(cells.sum()), 1e-6)
-
-
 def point_box(x: float, y: float) -> Box:
-    """Return the small square that stands for a point, in model pixels, inside the picture."""
-    half = POINT_HALF * SIDE
+    """Return the small square that stands for a point, in model pixels, clipped to the picture."""
+    half = POINT_SIDE * SIDE / 2
     return (max(x - half, 0.0), max(y - half, 0.0), min(x + half, float(SIDE)), min(y + half, float(SIDE)))
 
 
@@ -109,7 +80,7 @@ def make_scenes(cache: FeatureCache, projector: Projector, rows: Sequence[int], 
         rng = np.random.default_rng([seed, 7, int(i)])
         features = torch.from_numpy(np.array(cache.features[i : i + 1])).float().to(device)
         output = projector.head(features)
-        proposals = projector.propose(output)
+        proposals = projector.propose(output, projector.head.all_boxes(output.maps))
         index = proposals.index[0].cpu().numpy()
         presence = proposals.presence[0].cpu().numpy()
         bins = proposals.bins[0].cpu().numpy()
@@ -121,7 +92,7 @@ def make_scenes(cache: FeatureCache, projector: Projector, rows: Sequence[int], 
         scenes.append(
             Scene(
                 sample=int(i),
-                pooled=pool_pictures(features, output.context)[0].cpu().numpy().astype(np.float16),
+                pooled=pool_pictures(features)[0].cpu().numpy().astype(np.float16),
                 modality=output.modality.softmax(1)[0].cpu().numpy(),
                 body_part=output.body_part.softmax(1)[0].cpu().numpy(),
                 index=index,
@@ -168,10 +139,10 @@ def _make_regions(
         elif kind == "point":
             x, y = inner_point(mask, rng)
             given = point_box(x, y)
-            maps.append(point_map(x, y))
+            maps.append(point_map((x, y)))
         else:
             given = box
-            maps.append(mask_map(mask))
+            maps.append(mask_map(mask.astype(np.float32), box))
         found = visible.get(s)
         target = box_to_bins(box, SIDE)
         if found is not None and box_iou(tuple(map(float, found)), tuple(map(float, target))) > 0.3:  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
-from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput, boxes_from_edges
+from edgemed.geometry import box_iou
+from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput
 from edgemed.models.tiny_vit import GRID, SIDE
 from edgemed.training.prepare import FeatureCache, Log
 
@@ -72,7 +74,9 @@ def make_targets(cache: FeatureCache, index: int) -> Targets:
     )
 
 
-def structure_loss(output: StructureOutput, targets: list[Targets], modality: Tensor, body_part: Tensor) -> dict[str, Tensor]:
+def structure_loss(
+    head: StructureHead, output: StructureOutput, targets: list[Targets], modality: Tensor, body_part: Tensor
+) -> dict[str, Tensor]:
     """Return the named losses of a batch."""
     device = output.maps.device
     presence = torch.stack([t.presence for t in targets]).to(device)
@@ -91,7 +95,8 @@ def structure_loss(output: StructureOutput, targets: list[Targets], modality: Te
     edge_bins = torch.cat([boxes[..., :2], boxes[..., 2:] - 1], -1)[here].clamp(0, SIDE - 1)  # [n, 4]
     at = torch.arange(SIDE, device=device)
     soft = torch.softmax(-((at - edge_bins[..., None]) ** 2) / (2 * 1.5**2), -1)
-    edges = -(soft * output.edges[here].log_softmax(-1)).sum(-1).mean() if here.any() else maps * 0
+    edge_logits = head.edges(output.maps[here], here.nonzero()[:, 1])
+    edges = -(soft * edge_logits.log_softmax(-1)).sum(-1).mean() if here.any() else maps * 0
     sure = presence >= 0
     there = F.binary_cross_entropy_with_logits(output.presence[sure], here[sure].float())
     return {
@@ -104,17 +109,13 @@ def structure_loss(output: StructureOutput, targets: list[Targets], modality: Te
     }
 
 
-def box_iou_of(output: StructureOutput, targets: list[Targets]) -> list[float]:
-    """Return the IoU of predicted and true box of every present structure of a batch."""
-    predicted = boxes_from_edges(output.edges)
+def box_iou_of(predicted: Tensor, targets: list[Targets]) -> list[float]:
+    """Return the IoU of predicted boxes [batch, structures, 4] and true ones, of every present structure of a batch."""
     values = []
     for i, t in enumerate(targets):
-        for s in t.structures.tolist():
-            a, b = predicted[i, s].tolist(), t.boxes[s].tolist()
-            w = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-            h = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h
-            values.append(w * h / union if union > 0 else 0.0)
+        for k in t.structures.tolist():
+            a, b = predicted[i, k].tolist(), t.boxes[k].tolist()
+            values.append(box_iou((a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3])))
     return values
 
 
@@ -123,16 +124,29 @@ def kept_back(count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     return np.arange(count) % 16 == 7
 
 
+def feature_statistics(cache: FeatureCache) -> tuple[Tensor, Tensor]:
+    """Return (mean, spread) [channels] of the encoder's features, over every 16th sample; the spread is at least 0.005."""
+    some = np.stack([np.asarray(cache.features[i], np.float32) for i in range(0, cache.ready, 16)])
+    return torch.from_numpy(some.mean((0, 2, 3))), torch.from_numpy(np.maximum(some.std((0, 2, 3)), 0.005))
+
+
 def train_structures(
-    cache: FeatureCache, folder: Path, *, epochs: float, batch: int, rate: float, seed: int, device: torch.device, log: Log
-) -> StructureHead:
-    """Return the trained dense head; resumes from `folder/structure.pt`."""
+    cache: FeatureCache, folder: Path, *, steps: int, batch: int, rate: float, repeat: Mapping[str, int], seed: int,
+    device: torch.device, log: Log,
+) -> StructureHead:  # fmt: skip
+    """Return the trained dense head; resumes from `folder/structure.pt`.
+
+    repeat: group of samples -> how often one pass over the data shows each of them; 1 where it is not named.
+    """
     torch.manual_seed(seed)
     head = StructureHead(CONFIG).to(device)
     count = cache.ready
-    fit = np.flatnonzero(~kept_back(count))
+    mean, std = feature_statistics(cache)
+    head.feature_mean.copy_(mean)
+    head.feature_std.copy_(std)
+    rows_once = np.flatnonzero(~kept_back(count))
+    fit = np.repeat(rows_once, [repeat.get(cache.facts[i]["group"], 1) for i in rows_once])
     targets = [make_targets(cache, i) for i in range(count)]
-    steps = int(len(fit) * epochs / batch)
     optimiser = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min(1.0, (s + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))))
@@ -155,7 +169,7 @@ def train_structures(
         features = torch.from_numpy(np.stack([cache.features[i] for i in rows])).to(device).float()
         with torch.autocast(device.type, torch.bfloat16):
             output = head(features)
-        losses = structure_loss(output, [targets[i] for i in rows], torch.as_tensor(cache.modality[rows], device=device),
+        losses = structure_loss(head, output, [targets[i] for i in rows], torch.as_tensor(cache.modality[rows], device=device),
                                 torch.as_tensor(cache.body_part[rows], device=device))  # fmt: skip
         optimiser.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
@@ -163,7 +177,7 @@ def train_structures(
         optimiser.step()
         schedule.step()
         for name, value in losses.items():
-            running[name] = 0.95 * running.get(name, float(value)) + 0.05 * float(value)
+            running[name] = 0.95 * running.get(name, value.item()) + 0.05 * value.item()
         if step % 50 == 49 or step == steps - 1:
             each = (time.monotonic() - start) / (step + 1 - first)
             parts = ", ".join(f"{k} {v:.3f}" for k, v in running.items())
@@ -191,7 +205,7 @@ def calibrate_presence(head: StructureHead, cache: FeatureCache, device: torch.d
         features = torch.from_numpy(np.array(cache.features[i : i + 1])).to(device).float()
         output = head(features)
         targets = make_targets(cache, int(i))
-        ious += box_iou_of(output, [targets])
+        ious += box_iou_of(head.all_boxes(output.maps), [targets])
         right += int(output.modality.argmax()) == cache.modality[i]
         sure = targets.presence >= 0
         logits.append(output.presence[0].cpu()[sure])

@@ -55,6 +55,10 @@ DESCRIBE_LENGTH = 4
 """Most structures in a description."""
 
 
+MARKED_REGION: Mapping[Language, str] = {"en": "marked region", "zh": "标记区域"}
+"""What a region without a known name is called where it is outlined."""
+
+
 @dataclass(frozen=True)
 class RegionFact:
     """A region of the prompt. structure: index, or None for background or something unknown; target_bins: its box."""
@@ -229,9 +233,14 @@ def say_region(region: RegionFact, language: Language) -> str:
 
 
 def say_region_outline(region: RegionFact, language: Language) -> str:
-    """Return the answer to "segment this region"."""
+    """Return the answer to "segment this region". What has no name is outlined too: the user pointed at it."""
     if region.structure is None or region.target_bins is None:
-        return SENTENCES["other_region"][language]
+        place = tag(MARKED_REGION[language], region.box_bins)
+        return (
+            f"{place}已勾画，但不是本模型认识的结构。"
+            if language == "zh"
+            else (f"The {place} is outlined; it is not a structure that this model knows.")
+        )
     place = tag(_name(region.structure, language), region.target_bins)
     return f"{place}已勾画。" if language == "zh" else f"The {place} {_are(region.structure)} outlined."
 
@@ -470,6 +479,7 @@ class _Writer:
             seen = int(self.rng.integers(0, count + 1)) if self.chance(0.5) else count
             chosen = self.some(self.visible, seen)
             chosen += self.some(self.absent, count - len(chosen))
+            chosen = chosen or self.some(known, count)
             return [chosen[i] for i in self.rng.permutation(len(chosen))]
         pool = self.visible if self.visible and (not self.absent or self.chance(0.66)) else self.absent
         return self.some(pool, 1)

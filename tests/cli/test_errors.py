@@ -73,6 +73,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["infer", "x.dcm", "--prompt", "y", "--backend", "none"], "--backend"),
         (["models"], "a verb is missing"),
         (["train"], "RECIPE"),
+        (["eval", "series"], "FOLDER"),
     ],
     ids=" ".join,
 )
@@ -92,6 +93,24 @@ def test_a_missing_recipe_and_checkpoint_cannot_be_read(capsys: pytest.CaptureFi
     assert main(["train", str(tmp_path / "no.toml")]) == 20
     assert main(["export", str(tmp_path / "no"), "-o", str(tmp_path / "bundle")]) == 20
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_evaluating_what_is_not_there_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["eval", "series", str(tmp_path / "no"), str(tmp_path / "no.nii.gz")]) == 20
+    assert main(["eval", "records", str(tmp_path / "no.jsonl")]) == 20
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_missing_library_is_code_82_and_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "recipe.toml").write_text("")
+    assert main(["train", str(tmp_path / "recipe.toml")]) == 82
+    assert main(["export", str(tmp_path), "-o", str(tmp_path / "bundle")]) == 82
+    told = capsys.readouterr().err
+    assert "edgemed[train]" in told
+    assert "edgemed[export]" in told
 
 
 def test_a_reader_that_leaves_early_gets_no_complaint() -> None:

@@ -24,11 +24,17 @@ def reader() -> Iterator[Reader]:
 def write_dicom(tmp_path: Path) -> Write:
     """Return write(pixels, **elements) -> path.
 
-    pixels: [rows, columns], [frames, rows, columns] with frames=True, or [rows, columns, 3], any integer type, written as they
-    are; or None for no pixels. encoded: compressed frames to encapsulate instead. syntax: transfer syntax UID. Every other
-    keyword is an element; None removes it.
+    pixels: [rows, columns], [frames, rows, columns] with frames=True, or [rows, columns, 3], any integer type, written
+    as they are; or None for no pixels. encoded: compressed frames to encapsulate instead. syntax: transfer syntax UID.
+    Every other keyword is an element; None removes it.
     """
     return lambda *args, **kwargs: _write(tmp_path, *args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def write_phantom() -> Write:
+    """Return write(folder, pixels, **elements) -> path: `write_dicom` for fixtures that live longer than a test."""
+    return _write
 
 
 def _write(

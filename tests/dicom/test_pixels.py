@@ -96,12 +96,11 @@ def test_rgb_is_read_in_both_planar_configurations(
     rgb = smooth(6, 10)
     wide = rgb.astype(dtype) << shift
     stored = np.moveaxis(wide, -1, 0) if planar else wide
-    order = ">" if syntax == ".2" else "<"
     path = write_dicom(
         wide,
         syntax="1.2.840.10008.1.2" + syntax,
         PlanarConfiguration=planar,
-        PixelData=stored.astype(stored.dtype.newbyteorder(order)).tobytes(),
+        PixelData=stored.astype(stored.dtype.newbyteorder(">" if syntax == ".2" else "<")).tobytes(),
     )
     scan = reader.read(path)
     assert scan.window is None
@@ -111,7 +110,8 @@ def test_rgb_is_read_in_both_planar_configurations(
 def ybr(rgb: Array) -> Array:
     """Return YBR_FULL of RGB, float. Source: PS3.3 C.7.6.3.1.2."""
     matrix = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-    return rgb.astype(float) @ matrix.T + (0, 128, 128)
+    image: Array = rgb.astype(float) @ matrix.T + (0, 128, 128)
+    return image
 
 
 def test_ybr_full_becomes_rgb(reader: Reader, write_dicom: Write) -> None:
@@ -224,9 +224,7 @@ def test_twelve_bit_jpeg_extended_is_read(reader: Reader, write_dicom: Write) ->
 def test_jpeg_baseline_colour_is_read(reader: Reader, write_dicom: Write, photometric: str) -> None:
     rgb = smooth()
     frame = bytes(imagecodecs.jpeg_encode(rgb, level=98, subsampling="444" if photometric == "YBR_FULL" else "422"))
-    scan = reader.read(
-        write_dicom(rgb, syntax=JPEG + "50", encoded=[frame], PhotometricInterpretation=photometric)
-    )
+    scan = reader.read(write_dicom(rgb, syntax=JPEG + "50", encoded=[frame], PhotometricInterpretation=photometric))
     assert np.abs(scan.pixels[0].astype(int) - rgb).mean() < 4
 
 

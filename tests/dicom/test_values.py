@@ -53,10 +53,11 @@ def test_dose_grid_scaling_gives_gray(reader: Reader, write_dicom: Write) -> Non
 
 def test_enhanced_ct_takes_each_frames_own_transform_window_and_spacing(reader: Reader, write_dicom: Write) -> None:
     measures = item(PixelSpacing=[0.7, 0.9])
+    lung, soft = item(WindowCenter=-600, WindowWidth=1500), item(WindowCenter=[40, 1], WindowWidth=[400, 2])
     per_frame = [
-        group(PixelValueTransformationSequence=rescale(1, -1024), FrameVOILUTSequence=item(WindowCenter=-600, WindowWidth=1500)),
-        group(PixelValueTransformationSequence=rescale(2.5, 100), FrameVOILUTSequence=item(WindowCenter=[40, 1], WindowWidth=[400, 2])),
-    ]  # fmt: skip
+        group(PixelValueTransformationSequence=rescale(1, -1024), FrameVOILUTSequence=lung),
+        group(PixelValueTransformationSequence=rescale(2.5, 100), FrameVOILUTSequence=soft),
+    ]
     path = write_dicom(
         np.stack([RAMP, RAMP + 100]),
         frames=True,
@@ -101,7 +102,13 @@ def test_monochrome1_equals_its_inverted_twin(
     dark = np.arange(-600, 600, 100, dtype=np.int16).reshape(3, 4)
     stored = dark if signed else (dark + 600).astype(np.uint16)
     mirror = (-1 - stored) if signed else (4095 - stored)
-    common = {"BitsStored": 12, "RescaleSlope": 2, "RescaleIntercept": 10, "WindowWidth": 900, "VOILUTFunction": function}
+    common = {
+        "BitsStored": 12,
+        "RescaleSlope": 2,
+        "RescaleIntercept": 10,
+        "WindowWidth": 900,
+        "VOILUTFunction": function,
+    }
     one = write_dicom(stored, name="one.dcm", PhotometricInterpretation="MONOCHROME1", WindowCenter=700, **common)
     # value v -> R - v with R = v(lowest) + v(highest); LINEAR is not symmetric about its center (C.11.2.1.2.1): + 1.
     about = 2 * (-1 if signed else 4095) + 2 * 10

@@ -19,7 +19,10 @@ from edgemed.families.native_text import NativeText
 from edgemed.geometry import box_of
 from edgemed.graphs import Feeds
 
-TWO = "A <ref>liver</ref><box><c100><c200><c500><c600></box><seg> and <ref>spleen</ref><box><c10><c20><c30><c40></box><seg>"
+TWO = (
+    "A <ref>liver</ref><box><c100><c200><c500><c600></box><seg> and "
+    "<ref>spleen</ref><box><c10><c20><c30><c40></box><seg>"
+)
 ONE = "It is <ref>liver</ref><box><c100><c200><c500><c600></box><seg>."
 
 
@@ -41,7 +44,7 @@ def text(bundle: Bundle) -> NativeText:
 
 def scan(modality: str = "DX") -> Scan:
     """A scan of 512 x 512: a whole-frame view of scale 0.5, so that bin b is scan pixel 0.512 b."""
-    pixels = np.zeros((1, 512, 512), np.float32)
+    pixels = np.full((1, 512, 512), -1000, np.float32)
     pixels[:, 100:300, 150:350] = 80
     return Scan(pixels, modality, Window(40, 400))
 
@@ -260,7 +263,7 @@ def test_malformed_places_never_raise(family: Family, text: NativeText, tagged: 
 def test_malformed_box_is_left_out_with_a_note_and_the_next_place_keeps_its_mask(
     family: Family, text: NativeText
 ) -> None:
-    bad = "<ref>liver</ref><box><c500><c200><c100><c600></box> and <ref>spleen</ref><box><c100><c200><c500><c600></box><seg>"
+    bad = "<ref>liver</ref><box><c500><c200><c100><c600></box> and " + ONE.replace("It is <ref>liver", "<ref>spleen")
     reading = read(family, Prompt("where"), written(text, bad))
     assert [r.label for r in reading.regions] == ["spleen"]
     assert reading.regions[0].mask is not None
@@ -284,7 +287,7 @@ def test_random_tokens_never_raise(family: Family, text: NativeText) -> None:
     rng = np.random.default_rng(0)
     t = text.tokens()
     special = np.array([t.ref, t.ref_end, t.box, t.box_end, t.seg, t.region, t.pad, t.user])
-    for _ in range(300):
+    for _ in range(150):
         coordinates = rng.integers(t.first_coordinate, t.first_coordinate + 1000, 30)
         letters = rng.integers(t.first_coordinate + 1000, text.vocabulary, 10)
         ids = rng.choice(np.concatenate([np.repeat(special, 5), coordinates, letters]), 40).tolist()

@@ -8,10 +8,11 @@ import pytest
 
 from edgemed.core import Language, language_of
 from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES, structure_of
-from edgemed.families.native_text import Place, normal_form, parse, plain
+from edgemed.families.native_text import Bins, Place, normal_form, parse, plain
 from edgemed.training.tasks import (
     DESCRIBE_LENGTH,
     LIST_LENGTH,
+    MARKED_REGION,
     SENTENCES,
     TASKS,
     ImageFacts,
@@ -51,7 +52,7 @@ EMPTY = ImageFacts(2, 1, {}, (LIVER,))
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 
 
-def many(facts: ImageFacts, count: int = 6000, seed: int = 3) -> list[Turn]:
+def many(facts: ImageFacts, count: int = 3000, seed: int = 3) -> list[Turn]:
     return make_turns(facts, np.random.default_rng(seed), count)
 
 
@@ -111,14 +112,18 @@ def test_every_turn_is_filled_and_its_answer_parses(facts: ImageFacts) -> None:
             assert place.seg
             assert place.bins is not None
             structure = structure_of(place.name)
-            assert structure is not None
+            if structure is None:
+                assert turn.task == "segment_region"
+                assert place.name == MARKED_REGION[turn.language]
+                assert place.bins == facts.regions[turn.regions[0]].box_bins
+                continue
             assert place.name == (STRUCTURES[structure].en if turn.language == "en" else STRUCTURES[structure].zh)[0]
             assert place.bins == facts.visible[structure]
 
 
 def test_one_question_has_one_answer() -> None:
     answers: dict[tuple[str, str, tuple[int, ...]], set[str]] = defaultdict(set)
-    for turn in many(FACTS, 30000):
+    for turn in many(FACTS, 8000):
         answers[normal_form(turn.prompt).rstrip("?.!。"), turn.language, turn.regions].add(turn.answer)
     assert [question for question, several in answers.items() if len(several) > 1] == []
 
@@ -134,8 +139,11 @@ def test_regions_are_only_given_to_questions_and_exist() -> None:
         assert all(0 <= i < len(FACTS.regions) for i in turn.regions)
         if turn.task in ("region", "segment_region", "check_region"):
             assert turn.regions
-            known = [FACTS.regions[i] for i in turn.regions if FACTS.regions[i].structure is not None]
-            assert [p.bins for p in places(turn)] == [region.target_bins for region in known]
+            regions = [FACTS.regions[i] for i in turn.regions]
+            boxes = [r.target_bins for r in regions if r.target_bins is not None]
+            if turn.task == "segment_region" and not boxes:  # nothing known is there: what was pointed at is outlined
+                boxes = [regions[0].box_bins]
+            assert [p.bins for p in places(turn)] == boxes
         assert turn.prompt.count("<region>") <= len(turn.regions)
     assert any("<region>" in turn.prompt for turn in turns)
 
@@ -203,8 +211,9 @@ def test_yes_and_no_keep_the_sentence() -> None:
 
 
 def test_plain_test_questions_are_among_what_is_learnt() -> None:
-    asked = {normal_form(turn.prompt).rstrip("?.!。") for turn in many(FACTS, 60000)}
-    for question in (
+    facts = ImageFacts(0, 0, dict.fromkeys((LIVER, 1, 2), FACTS.visible[1]), (BLADDER,), FACTS.regions[:1])
+    asked = {normal_form(turn.prompt).rstrip("?.!。") for turn in many(facts, 20000)}
+    for question in (  # the ways most people ask
         "Where is the liver?",
         "Segment the spleen.",
         "Find the stomach",
@@ -218,9 +227,15 @@ def test_plain_test_questions_are_among_what_is_learnt() -> None:
         "Describe this image",
         "Is the bladder visible?",
     ):
-        assert normal_form(question).rstrip("?.!。") in asked | {"describe this image"}, question
+        assert normal_form(question).rstrip("?.!。") in asked, question
 
 
 def test_a_region_needs_both_structure_and_box() -> None:
     with pytest.raises(ValueError, match="neither"):
         RegionFact("box", 0, (1, 2, 3, 4), None)
+
+
+@pytest.mark.parametrize("visible", [{}, {LIVER: (1, 2, 3, 4)}, {LIVER: (1, 2, 3, 4), 1: (5, 6, 7, 8)}])
+@pytest.mark.parametrize("absent", [(), (BLADDER,), (BLADDER, 9, 10)])
+def test_any_facts_give_turns(visible: dict[int, Bins], absent: tuple[int, ...]) -> None:
+    assert len(many(ImageFacts(None, None, visible, absent), 500)) == 500
