@@ -138,7 +138,9 @@ class Region:
     def __post_init__(self) -> None:
         x0, y0, x1, y1 = self.box
         if not (0 <= x0 < x1 and 0 <= y0 < y1):
-            raise InvalidInput(f"box {self.box} is empty or outside the scan; 0 <= x0 < x1 and 0 <= y0 < y1 was expected")
+            raise InvalidInput(
+                f"box {self.box} is empty or outside the scan; 0 <= x0 < x1 and 0 <= y0 < y1 was expected"
+            )
         if self.mask is not None and (self.mask.ndim != 2 or self.mask.dtype != np.bool_):
             raise InvalidInput(f"mask is {self.mask.dtype} {list(self.mask.shape)}, bool [rows, columns] was expected")
 

@@ -64,7 +64,9 @@ class GraphSpec:
         names_in, names_out = {t.name for t in self.inputs}, {t.name for t in self.outputs}
         for out, inp in self.state:
             if out not in names_out or inp not in names_in:
-                raise InvalidInput(f"graph {self.role} has state {out} -> {inp}, which are not an output and an input of it")
+                raise InvalidInput(
+                    f"graph {self.role} has state {out} -> {inp}, which are not an output and an input of it"
+                )
 
     @property
     def fed_inputs(self) -> tuple[TensorSpec, ...]:
@@ -99,7 +101,9 @@ class GraphSpec:
                     wrong = not allowed.min <= size <= allowed.max or sizes.setdefault(dim, size) != size
                 if wrong:
                     wanted = dim if isinstance(dim, int) else f"{dim} = {sizes.get(dim, self.dims[dim])}"
-                    raise InvalidInput(f"graph {self.role}, input {name}: size {size} of {list(array.shape)}, expected {wanted}")
+                    raise InvalidInput(
+                        f"graph {self.role}, input {name}: size {size} of {list(array.shape)}, expected {wanted}"
+                    )
 
 
 def to_json(spec: GraphSpec) -> dict[str, Any]:

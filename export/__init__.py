@@ -26,4 +26,6 @@ def export_bundle(
     """Return the bundle made from a checkpoint folder; see `edgemed.export.write.write_native_bundle`."""
     from edgemed.export.write import write_native_bundle
 
-    return write_native_bundle(checkpoint, output, name=name, slices=slices, shrink_decoder=shrink_decoder, replace=replace)
+    return write_native_bundle(
+        checkpoint, output, name=name, slices=slices, shrink_decoder=shrink_decoder, replace=replace
+    )

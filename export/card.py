@@ -21,7 +21,10 @@ CREDITS: Mapping[str, tuple[str, str]] = {
         "Montreal Neurological Institute, McGill University; as shipped in nilearn 0.14.1",
         "free use, copying, changing and distribution with this notice",
     ),
-    "colin27": ("Colin27 T1 template ch2 as shipped in MRIcron (Debian mricron-data), (c) Chris Rorden", "BSD-3-Clause"),
+    "colin27": (
+        "Colin27 T1 template ch2 as shipped in MRIcron (Debian mricron-data), (c) Chris Rorden",
+        "BSD-3-Clause",
+    ),
     "bccd": ("BCCD blood cell pictures, Shenggan and contributors, from cosmicad and akshaylamba", "MIT"),
     "brca-m2c": (
         "BRCA-M2C, Abousamra S et al., Multi-Class Cell Detection Using Spatial Context Representation, ICCV 2021; "
@@ -66,7 +69,14 @@ def sources_of(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def notice_text(config: Mapping[str, Any]) -> str:
     """Return the bundle's NOTICE."""
-    lines = ["edgemed native model. Weights: Apache-2.0.", "", "Made from", f"  {WEIGHTS} (Apache-2.0)", "", "Trained on"]
+    lines = [
+        "edgemed native model. Weights: Apache-2.0.",
+        "",
+        "Made from",
+        f"  {WEIGHTS} (Apache-2.0)",
+        "",
+        "Trained on",
+    ]
     lines += [f"  {text} ({licence})" for text, licence in sources_of(config)]
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,14 @@ from edgemed.graphs import GraphSpec
 
 Array = npt.NDArray[Any]
 
-PUBLIC_SLICES = ("CT_small.dcm", "MR_small.dcm", "693_J2KI.dcm", "examples_ybr_color.dcm", "US1_J2KR.dcm", "MR2_J2KI.dcm")
+PUBLIC_SLICES = (
+    "CT_small.dcm",
+    "MR_small.dcm",
+    "693_J2KI.dcm",
+    "examples_ybr_color.dcm",
+    "US1_J2KR.dcm",
+    "MR2_J2KI.dcm",
+)
 """DICOM files inside the pydicom package, used where no folder of slices is given; those not installed are left out."""
 
 STEPS = 8
@@ -73,7 +80,11 @@ def read_slices(folder: Path | None, most: int = 6) -> list[npt.NDArray[np.float
 
 @torch.no_grad()
 def compare(
-    model: NativeModel, graphs: Mapping[str, Path], specs: Mapping[str, GraphSpec], text: NativeText, images: Sequence[Array]
+    model: NativeModel,
+    graphs: Mapping[str, Path],
+    specs: Mapping[str, GraphSpec],
+    text: NativeText,
+    images: Sequence[Array],
 ) -> list[Row]:
     """Return one row for each compared output. Every graph is fed torch's values, so errors do not add up."""
     pairs: dict[tuple[str, str], list[tuple[Array, Array]]] = {}
@@ -85,7 +96,12 @@ def compare(
     try:
         for image in images:
             features = model.vision_encoder(torch.from_numpy(image[None]))
-            note("vision_encoder", "image_features", features, runners["vision_encoder"].run({"image": image[None]})["image_features"])
+            note(
+                "vision_encoder",
+                "image_features",
+                features,
+                runners["vision_encoder"].run({"image": image[None]})["image_features"],
+            )
             maps = np.stack([box_map((40, 60, 120, 150)), box_map((100, 20, 110, 200))])
             names = ("image_tokens", "region_tokens", "presence", "boxes", "structure_maps")
             expected = dict(zip(names, model.projector(features, torch.from_numpy(maps)), strict=True))
@@ -129,7 +145,9 @@ def _compare_decoder(model: NativeModel, runner: Runner, text: NativeText, rows:
         assert prefill < len(ids)
 
 
-def _compare_masks(model: NativeModel, runner: Runner, features: torch.Tensor, projected: Mapping[str, torch.Tensor], note: Any) -> None:
+def _compare_masks(
+    model: NativeModel, runner: Runner, features: torch.Tensor, projected: Mapping[str, torch.Tensor], note: Any
+) -> None:
     likely = projected["presence"].topk(3).indices
     n = len(likely)
     feeds = {

@@ -29,7 +29,17 @@ DEBIAN = ("mricron-data",)
 
 def pip_download(name: str, version: str, folder: Path, source: bool) -> Path:
     """Return the downloaded archive of one package."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), f"{name}=={version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        f"{name}=={version}",
+    ]
     if source:
         command[6:6] = ["--no-binary", ":all:"]
     subprocess.run(command, check=True)

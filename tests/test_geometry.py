@@ -13,7 +13,7 @@ from edgemed.geometry import View, bins_to_box, box_iou, box_of, box_to_bins, di
 def resampled_axis(
     values: npt.NDArray[np.float64], size: int, start: float, scale: float, clamp: bool
 ) -> npt.NDArray[np.float64]:
-    """One axis, pixel by pixel: the mean over the part of (i .. i + 1) / scale + start that lies in `values`, or bilinear."""
+    """One axis, pixel by pixel: the mean over what (i .. i + 1) / scale + start covers of `values`, or bilinear."""
     out = np.zeros(size)
     last = len(values) - 1
     for i in range(size):

@@ -9,6 +9,7 @@ What a file that cannot be read ends in (class, exit code):
     a folder; an empty file                                             NoInput           21
     neither DICOM nor PNG nor JPEG; not a plain file                    InvalidInput      22
     damaged: codestream, palette, tables; required elements missing     InvalidInput      22
+    a file on which a decoder crashes                                   InvalidInput      22
     codestream and header disagree on the size; no such frame           InvalidInput      22
     no pixels: SR, RT plan and structures, waveforms, DICOMDIR ...      UnsupportedDicom  85
     transfer syntax, colour space or bit depth not supported            UnsupportedDicom  85

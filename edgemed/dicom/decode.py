@@ -151,9 +151,10 @@ def _decode(header: h.Header, frame: int, photometric: str, plugin: str, raw: bo
             decoding_plugin=plugin,
             **options,
         )
-    except (MemoryError, ResourceLimit):
+    except (MemoryError, ResourceLimit, KeyboardInterrupt):
         raise
-    except Exception as error:  # noqa: BLE001  decoders raise any class; the text may quote header values, so only its class is kept
+    # BaseException: the RLE decoder is written in Rust, and its panics are no Exception.
+    except BaseException as error:  # noqa: BLE001  decoders raise any class; the text may quote header values, so only its class is kept
         raise InvalidInput(f"the pixel data cannot be decoded ({type(error).__name__})") from None
     return array, str(facts["photometric_interpretation"])
 

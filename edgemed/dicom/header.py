@@ -37,6 +37,7 @@ SUPPORTED = (*NATIVE, RLE, *JPEG, *JPEG_LS, *J2K, *HTJ2K)
 PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422",
                "YBR_ICT", "YBR_RCT")  # fmt: skip
 
+_UID_LETTERS = frozenset("0123456789.")
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 _WANTED = (
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID",
@@ -192,6 +193,8 @@ def _read(file: BoundedFile, limits: Limits) -> Header:
     _finish_tags(ds)
     if not syntax:
         syntax = _guess_syntax(file, pixels, implicit, little)
+    if not set(syntax) <= _UID_LETTERS:
+        raise InvalidInput("the transfer syntax is not a UID; the file is damaged")
     if syntax not in SUPPORTED:
         raise UnsupportedDicom(
             f"transfer syntax {_uid_name(syntax)} is not supported; convert it to Explicit VR or JPEG 2000"
@@ -287,8 +290,15 @@ def _finish_tags(ds: Dataset) -> None:
 def _uid_name(uid: str) -> str:
     from pydicom.uid import UID
 
+    if not set(uid) <= _UID_LETTERS:
+        return "(not a UID)"
     name = UID(uid).name
     return name if name == uid else f"{name} ({uid})"
+
+
+def _plain(text: str) -> str:
+    """Return a code string for a message, shortened and without characters that a code string cannot have."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in " _") else "?" for c in text[:16])
 
 
 def _named(sop_class: str) -> str:
@@ -328,7 +338,7 @@ def _checked(file: BoundedFile, ds: Dataset, uid: str | None, syntax: str, pixel
         raise InvalidInput(f"'{pixels.keyword}' has {bits} bits allocated, {floating} were expected")
     photometric = (_text(ds, "PhotometricInterpretation") or ("RGB" if samples == 3 else "MONOCHROME2")).upper()
     if photometric not in PHOTOMETRIC:
-        raise UnsupportedDicom(f"photometric interpretation {photometric[:16]!r} is not supported")
+        raise UnsupportedDicom(f"photometric interpretation {_plain(photometric)!r} is not supported")
     ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.NumberOfFrames = samples, bits, stored, frames
     ds.PixelRepresentation = _integer(ds, "PixelRepresentation", 0)
     if ds.PixelRepresentation not in (0, 1):

@@ -135,12 +135,12 @@ class Reader:
         self.close()
         if expired:
             return ResourceLimit(f"reading it took longer than {self._limits.wall_seconds:g} s")
-        if code < 0 and -code == _cpu_signal():
+        if code < 0 and -code == _signal("SIGXCPU"):
             return ResourceLimit(f"reading it took more than {self._limits.cpu_seconds} s of CPU time")
+        if code < 0 and -code == _signal("SIGKILL"):
+            return ResourceLimit("the system ended the decoder; there is too little memory for the file")
         if code < 0:
-            return ResourceLimit(
-                f"the decoder was ended by signal {-code}; the file is damaged or needs too much memory"
-            )
+            return InvalidInput(f"the decoder crashed on it (signal {-code}); the file is damaged")
         return CannotRead(f"the decoding process ended with code {code}; check the installation with 'edgemed doctor'")
 
     def _reply(self, child: subprocess.Popen[bytes]) -> Scan:
@@ -174,10 +174,11 @@ def _fill(pipe: Any, target: memoryview) -> None:
         at += count
 
 
-def _cpu_signal() -> int:
+def _signal(name: str) -> int:
+    """Return the number of a signal, 0 where the platform has none of that name."""
     import signal
 
-    return int(getattr(signal, "SIGXCPU", 0))
+    return int(getattr(signal, name, 0))
 
 
 def read_scan(

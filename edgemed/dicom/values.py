@@ -58,7 +58,7 @@ def to_shown(stored: Array, photometric: str, header: Header, frame: int, user_w
         return Shown(convert_color_space(_to_bytes(stored, header), "YBR_FULL", "RGB"), None)
     if stored.ndim == 3 and photometric.startswith("YBR_PARTIAL"):
         return Shown(_from_partial(_to_bytes(stored, header)), None)
-    raise UnsupportedDicom(f"photometric interpretation {photometric[:16]!r} is not supported")
+    raise UnsupportedDicom(f"photometric interpretation {photometric!r} is not supported")
 
 
 def pixel_spacing(header: Header, frame: int) -> tuple[float, float] | None:

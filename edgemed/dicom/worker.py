@@ -45,7 +45,9 @@ def _serve(request: dict[str, Any], limits: Limits, replies: BinaryIO) -> None:
     except (MemoryError, RecursionError):
         _fail(replies, ResourceLimit(f"reading it needs more than {limits.memory_bytes >> 20} MiB"))
     except OSError as error:
-        _fail(replies, CannotRead(f"it cannot be read: {error.strerror or 'input/output error'}"))
+        # The system's errors have a number; pydicom raises OSError without one for damaged sequences.
+        kind = CannotRead if error.errno else InvalidInput
+        _fail(replies, kind(f"it cannot be read: {error.strerror or 'the file is damaged'}"))
     except Exception as error:  # noqa: BLE001  the last resort of a parser of hostile files: its class, never its text
         _fail(replies, InvalidInput(f"the file is damaged ({type(error).__name__})"))
     else:

@@ -28,7 +28,9 @@ FAMILY = "native"
 class NativeModel(nn.Module):
     """The four parts of one native model."""
 
-    def __init__(self, vision_encoder: TinyViT, projector: Projector, decoder: Llama, mask_decoder: MaskDecoder) -> None:
+    def __init__(
+        self, vision_encoder: TinyViT, projector: Projector, decoder: Llama, mask_decoder: MaskDecoder
+    ) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
         self.projector = projector
@@ -40,7 +42,9 @@ def build(config: Mapping[str, Any]) -> NativeModel:
     """Return a model with fresh weights in the sizes of a checkpoint's `config.json`."""
     llama = LlamaConfig(**config["decoder"])
     structures = StructureConfig(**config["projector"])
-    return NativeModel(TinyViT(), Projector(structures, llama.width, llama.bins), Llama(llama), MaskDecoder(llama.width))
+    return NativeModel(
+        TinyViT(), Projector(structures, llama.width, llama.bins), Llama(llama), MaskDecoder(llama.width)
+    )
 
 
 def save_checkpoint(folder: Path, model: NativeModel, tokenizer: Path, training: Mapping[str, Any]) -> None:
@@ -78,7 +82,9 @@ def load(folder: Path) -> NativeModel:
         if key not in tensors or key not in own:
             raise InvalidInput(f"checkpoint {folder}: weight {key} is {'missing' if key in own else 'unknown'}")
         if own[key].shape != tensors[key].shape:
-            raise InvalidInput(f"checkpoint {folder}: weight {key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}")
+            raise InvalidInput(
+                f"checkpoint {folder}: weight {key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}"
+            )
     model.load_state_dict(tensors)
     return model.eval()
 

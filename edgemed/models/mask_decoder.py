@@ -167,7 +167,13 @@ class MaskDecoder(nn.Module):
         padded = (has_point.amax(1) * (1 - has_box))[:, None]
         ones = torch.ones_like(has_box)[:, None]
         present = torch.cat(
-            [ones.expand(prompts, 1 + _MASK_TOKENS), has_point, padded, has_box[:, None].expand(-1, 2), has_seg[:, None]],
+            [
+                ones.expand(prompts, 1 + _MASK_TOKENS),
+                has_point,
+                padded,
+                has_box[:, None].expand(-1, 2),
+                has_seg[:, None],
+            ],
             dim=1,
         )
         bias = ((1 - present) * _MASKED_OUT)[:, None, None, :]  # [prompts, 1, 1, tokens]

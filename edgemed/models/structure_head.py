@@ -173,4 +173,6 @@ def boxes_from_edges(edges: Tensor) -> Tensor:
     mean = (weights * at).sum(-1) / weights.sum(-1).clamp_min(1e-6)
     # Bin i of a start is pixel i's outer side, of an end pixel i's far side.
     start, end = mean[..., :2], mean[..., 2:] + 1
-    return torch.cat([torch.minimum(start, end - 2).clamp(0, SIDE - 2), torch.maximum(end, start + 2).clamp(2, SIDE)], -1)
+    return torch.cat(
+        [torch.minimum(start, end - 2).clamp(0, SIDE - 2), torch.maximum(end, start + 2).clamp(2, SIDE)], -1
+    )

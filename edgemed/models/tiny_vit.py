@@ -98,7 +98,9 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(batch, tokens, self.heads, 3, width // self.heads)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [batch, heads, tokens, head_dim]
         bias = self.attention_biases[:, self.offsets]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
+        # Written out: torch 2.13 cannot export scaled_dot_product_attention with these strides (view after transpose).
+        scores = (q @ k.transpose(-2, -1)) * (width // self.heads) ** -0.5 + bias
+        out = scores.softmax(dim=-1) @ v  # [batch, heads, tokens, head_dim]
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 

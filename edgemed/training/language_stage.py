@@ -49,7 +49,9 @@ def pack(text: NativeText, scene: Scene, turns: Sequence[Turn]) -> Packed:
     out = Packed(list(shared), [0] * len(shared), list(range(len(shared))), [IGNORED] * len(shared))
     for number, turn in enumerate(turns, start=1):
         bins = [scene.facts.regions[k].box_bins for k in turn.regions]
-        prompt = text.encode_prompt(turn.prompt, image_rows=ROWS, region_bins=bins, language=turn.language)[len(shared) :]
+        prompt = text.encode_prompt(turn.prompt, image_rows=ROWS, region_bins=bins, language=turn.language)[
+            len(shared) :
+        ]
         # encode_prompt numbers regions 0, 1, ...; the scene's own numbers are turn.regions
         renumber = {text.vocabulary + ROWS + i: text.vocabulary + ROWS + k for i, k in enumerate(turn.regions)}
         prompt = [renumber.get(t, t) for t in prompt]
@@ -153,7 +155,8 @@ def train_language(
     optimiser = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
                                   lr=rate, betas=(0.9, 0.98))  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1.0, (s + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))))
+        optimiser,
+        lambda s: min(1.0, (s + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
     )
     path, first = folder / "language.pt", 0
     if path.exists():
@@ -170,7 +173,10 @@ def train_language(
         rng = np.random.default_rng([seed, 11, step])
         chosen = [scenes[int(k)] for k in rng.integers(len(scenes), size=batch)]
         kinds = rng.random(batch)
-        chosen = [made_up(s, rng) if k < 1 / 3 else nudged(s, rng) if k < 2 / 3 else s for s, k in zip(chosen, kinds, strict=True)]
+        chosen = [
+            made_up(s, rng) if k < 1 / 3 else nudged(s, rng) if k < 2 / 3 else s
+            for s, k in zip(chosen, kinds, strict=True)
+        ]
         packed = collate([pack(text, s, make_turns(s.facts, rng, turns)) for s in chosen], pad, device)
         with torch.autocast(device.type, torch.bfloat16):
             embedded = embed_batch(packed, chosen, model, projector)
@@ -186,7 +192,9 @@ def train_language(
         if step % 50 == 49 or step == steps - 1:
             each = (time.monotonic() - start) / (step + 1 - first)
             parts = ", ".join(f"{k} {v:.4f}" for k, v in running.items())
-            log(f"language {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}")
+            log(
+                f"language {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}"
+            )
         if step % 200 == 199 or step == steps - 1:
             temporary = path.with_suffix(".tmp")
             torch.save({"both": both.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),

@@ -44,7 +44,13 @@ class SegState:
 
 @torch.no_grad()
 def seg_states(
-    scenes: Sequence[Scene], projector: Projector, model: Llama, text: NativeText, seed: int, device: torch.device, log: Log
+    scenes: Sequence[Scene],
+    projector: Projector,
+    model: Llama,
+    text: NativeText,
+    seed: int,
+    device: torch.device,
+    log: Log,
 ) -> dict[tuple[int, int], SegState]:
     """Return (sample, structure) -> state for every visible structure, from teacher-forced "where is it" turns."""
     states: dict[tuple[int, int], SegState] = {}
@@ -100,7 +106,7 @@ def draw_prompts(
         kind = rng.random()
         box = box_of(mask)
         assert box is not None
-        if kind < 0.25 or state is None and kind >= 0.5:  # a box that a person or a model drew
+        if kind < 0.25 or (state is None and kind >= 0.5):  # a box that a person or a model drew
             boxes[i], has_box[i] = jitter_box(box, rng, 0.03), 1
         elif kind < 0.5:  # a point alone
             points[i, 0], point_labels[i, 0] = inner_point(mask, rng), 1
@@ -145,9 +151,12 @@ def train_masks(
     decoder.train()
     fresh = [p for n, p in decoder.named_parameters() if n.startswith("seg_projection.")]
     published = [p for n, p in decoder.named_parameters() if not n.startswith("seg_projection.")]
-    optimiser = torch.optim.AdamW([{"params": fresh, "lr": rate * 5}, {"params": published, "lr": rate}], weight_decay=0.01)
+    optimiser = torch.optim.AdamW(
+        [{"params": fresh, "lr": rate * 5}, {"params": published, "lr": rate}], weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1.0, (s + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))))
+        optimiser,
+        lambda s: min(1.0, (s + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
     )
     path, first = folder / "masks.pt", 0
     if path.exists():
@@ -181,7 +190,9 @@ def train_masks(
         if step % 50 == 49 or step == steps - 1:
             each = (time.monotonic() - start) / (step + 1 - first)
             parts = ", ".join(f"{k} {v:.4f}" for k, v in running.items())
-            log(f"masks {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}")
+            log(
+                f"masks {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}"
+            )
         if step % 200 == 199 or step == steps - 1:
             temporary = path.with_suffix(".tmp")
             torch.save({"decoder": decoder.state_dict(), "optimiser": optimiser.state_dict(),

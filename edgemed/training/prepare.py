@@ -48,7 +48,9 @@ def make_sample(piece: LabelledSlice, rng: np.random.Generator, change: bool) ->
     colour = piece.image.ndim == 3
     hounsfield = ct and not colour and piece.image.min() < -200
     if change and hounsfield and piece.labels.any():
-        piece = paint(piece, rng) if rng.random() < 0.25 else shift_contrast(piece, rng) if rng.random() < 0.75 else piece
+        piece = (
+            paint(piece, rng) if rng.random() < 0.25 else shift_contrast(piece, rng) if rng.random() < 0.75 else piece
+        )
     if change and MODALITIES[piece.modality].key == "ultrasound":
         piece = _inside_sector(piece, rng)
     height, width = (n * s for n, s in zip(piece.image.shape[:2], piece.spacing, strict=True))
@@ -57,7 +59,11 @@ def make_sample(piece: LabelledSlice, rng: np.random.Generator, change: bool) ->
     piece = warp(piece, rng, rows, columns, strength=1.0 if change else 0.0)
     if change and hounsfield:
         piece = add_surroundings(piece, rng)
-    if change and colour and MODALITIES[piece.modality].key in ("histopathology", "microscopy", "dermoscopy", "endoscopy"):
+    if (
+        change
+        and colour
+        and MODALITIES[piece.modality].key in ("histopathology", "microscopy", "dermoscopy", "endoscopy")
+    ):
         piece = _turn(piece, rng)
     if colour:
         shown = tint(piece.image, rng) if change else piece.image
@@ -118,7 +124,7 @@ def _jitter(view: View, rng: np.random.Generator) -> View:
 
 def _labels_to_model(labels: npt.NDArray[np.uint8], view: View) -> npt.NDArray[np.uint8]:
     """Return the label map at the model's pixel centres, nearest neighbour, 0 outside."""
-    centres = (np.arange(view.side) + 0.5)
+    centres = np.arange(view.side) + 0.5
     x = np.floor(centres / view.scale_x + view.left).astype(int)
     y = np.floor(centres / view.scale_y + view.top).astype(int)
     inside = ((y >= 0) & (y < labels.shape[0]))[:, None] & ((x >= 0) & (x < labels.shape[1]))[None]
@@ -158,12 +164,16 @@ class FeatureCache:
 _BRAIN_PART = {t.key: i for i, t in enumerate(STRUCTURES) if t.key in ("brain", "grey_matter", "white_matter")}
 
 
-def write_samples(folder: Path, groups: dict[str, list[LabelledSlice]], plan: dict[str, int], seed: int, log: Log) -> None:
+def write_samples(
+    folder: Path, groups: dict[str, list[LabelledSlice]], plan: dict[str, int], seed: int, log: Log
+) -> None:
     """Draw the planned number of samples of each group and write them in one fixed random order. Atomic by its last file."""
     if (folder / "facts.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    wanted: list[tuple[str, int]] = [(name, i) for name, count in plan.items() if groups.get(name) for i in range(count)]
+    wanted: list[tuple[str, int]] = [
+        (name, i) for name, count in plan.items() if groups.get(name) for i in range(count)
+    ]
     for name in plan:
         if not groups.get(name):
             log(f"no pictures for {name}: left out")
@@ -196,7 +206,9 @@ def write_features(folder: Path, encoder: TinyViT, most: int, device: torch.devi
     path = folder / "features.npy"
     mode = "r+" if path.exists() else "w+"
     shape = (images.shape[0], CHANNELS, GRID, GRID)
-    features = np.lib.format.open_memmap(path, mode, np.float16, shape) if mode == "w+" else np.load(path, mmap_mode="r+")
+    features = (
+        np.lib.format.open_memmap(path, mode, np.float16, shape) if mode == "w+" else np.load(path, mmap_mode="r+")
+    )
     marker = folder / "ready"
     done = int(marker.read_text()) if marker.exists() else 0
     encoder = encoder.to(device, memory_format=torch.channels_last).eval()

@@ -88,7 +88,9 @@ def make_scenes(cache: FeatureCache, projector: Projector, rows: Sequence[int], 
         maps, regions = _make_regions(cache, int(i), visible, rng)
         pooled = pool_regions(features, output.maps, torch.from_numpy(np.stack(maps)).to(device)) if maps else None
         absent = tuple(s for s in range(len(STRUCTURES)) if s not in visible)
-        facts = ImageFacts(int(cache.modality[i]), int(cache.body_part[i]), visible, absent, tuple(regions), _extent(cache, int(i)))
+        facts = ImageFacts(
+            int(cache.modality[i]), int(cache.body_part[i]), visible, absent, tuple(regions), _extent(cache, int(i))
+        )
         scenes.append(
             Scene(
                 sample=int(i),
@@ -188,7 +190,9 @@ def nudged(scene: Scene, rng: np.random.Generator) -> Scene:
     visible = {s: at[s] for s in scene.facts.visible}
     regions = tuple(
         replace(r, target_bins=at[r.structure])
-        if r.structure in scene.facts.visible and r.target_bins == scene.facts.visible[r.structure] and r.structure is not None
+        if r.structure in scene.facts.visible
+        and r.target_bins == scene.facts.visible[r.structure]
+        and r.structure is not None
         else r
         for r in scene.facts.regions
     )

@@ -124,8 +124,10 @@ def warp(piece: LabelledSlice, rng: np.random.Generator, rows: int, columns: int
     mode = "bicubic" if planes.shape[-1] < columns else "bilinear"
     out = F.grid_sample(planes[None] - floor, place, mode=mode, align_corners=False)[0] + floor
     labels = torch.from_numpy(piece.labels.astype(np.float32))[None, None]
-    onto = _smooth_labels(piece.labels, place) if labels.shape[-1] < columns else (
-        F.grid_sample(labels, place, mode="nearest", align_corners=False)[0, 0].numpy().astype(np.uint8)
+    onto = (
+        _smooth_labels(piece.labels, place)
+        if labels.shape[-1] < columns
+        else (F.grid_sample(labels, place, mode="nearest", align_corners=False)[0, 0].numpy().astype(np.uint8))
     )
     image = out.permute(1, 2, 0).clamp(0, 255).round().numpy().astype(np.uint8) if colour else out[0].numpy()
     boxes = tuple((s, _warp_box(b, piece.image.shape, grid, rows, columns)) for s, b in piece.boxes)
@@ -194,7 +196,9 @@ def roughen(image: Image, rng: np.random.Generator, strength: float) -> Image:
     """Return the grey picture blurred or sharpened a little and with noise, relative to its own spread."""
     out = image.astype(np.float32)
     if rng.random() < 0.5:
-        soft = F.avg_pool2d(F.pad(torch.from_numpy(out)[None, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0, 0].numpy()
+        soft = F.avg_pool2d(F.pad(torch.from_numpy(out)[None, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[
+            0, 0
+        ].numpy()
         out = out + (out - soft) * rng.uniform(-0.7, 1.6)
     return out + rng.normal(0, 1, out.shape).astype(np.float32) * strength * rng.uniform(0, 1)
 

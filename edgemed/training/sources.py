@@ -135,7 +135,9 @@ def abdomen_ct(reference_files: Path) -> list[tuple[str, list[LabelledSlice]]]:
     out = []
     for orientation in ("axial", "coronal", "sagittal"):
         axial = orientation == "axial"
-        pieces = cut(image, labels, spacing, orientation, body_part=BODY_PART["abdomen"], every=1 if axial else 2, **facts)
+        pieces = cut(
+            image, labels, spacing, orientation, body_part=BODY_PART["abdomen"], every=1 if axial else 2, **facts
+        )
         if axial:  # slices below the iliac crest are called pelvis
             hips = {INDEX["hip_left"] + 1, INDEX["hip_right"] + 1}
             pieces = [_as_pelvis(p) if hips & set(np.unique(p.labels).tolist()) else p for p in pieces]
@@ -192,7 +194,9 @@ def chest_cta(reference_files: Path) -> list[tuple[str, list[LabelledSlice]]]:
              + cut(image, labels, spacing, "coronal", every=6, **facts))]  # fmt: skip
 
 
-def brain(nilearn_data: Path, mricron_templates: Path | None, reference_files: Path) -> list[tuple[str, list[LabelledSlice]]]:
+def brain(
+    nilearn_data: Path, mricron_templates: Path | None, reference_files: Path
+) -> list[tuple[str, list[LabelledSlice]]]:
     """Averaged T1 with grey and white matter (MNI ICBM 2009), a whole-head T1 (Colin27) and an averaged head CT."""
     import nibabel
 
@@ -220,7 +224,9 @@ def brain(nilearn_data: Path, mricron_templates: Path | None, reference_files: P
         out.append(("brain-t1-head", [p for o in ("axial", "coronal", "sagittal")
                    for p in cut(whole, labels, spacing, o, every=5, known=known, source="colin27", patient="colin27",
                                 **facts)]))  # fmt: skip
-    atlas = nibabel.as_closest_canonical(nibabel.load(reference_files.parents[1] / "totalsegmentator/resources/ct_brain_atlas_1mm.nii.gz"))
+    atlas = nibabel.as_closest_canonical(
+        nibabel.load(reference_files.parents[1] / "totalsegmentator/resources/ct_brain_atlas_1mm.nii.gz")
+    )
     voxels = np.asarray(atlas.dataobj)
     voxels = voxels["R"] if voxels.dtype.names else voxels
     voxels = voxels.astype(np.float32)

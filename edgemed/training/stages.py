@@ -12,12 +12,13 @@ import torch
 
 from edgemed import __version__
 from edgemed.errors import CannotRead
+from edgemed.families.native_lexicon import STRUCTURES
 from edgemed.families.native_text import NativeText
 from edgemed.families.native_torch import NativeModel, save_checkpoint
+from edgemed.files import write_atomically
 from edgemed.models import mask_decoder, tiny_vit
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.projector import Projector
-from edgemed.files import write_atomically
 from edgemed.training import sources, train_tokenizer
 from edgemed.training.language_stage import train_language
 from edgemed.training.mask_stage import seg_states, train_masks
@@ -34,7 +35,9 @@ def run_stages(recipe: Recipe) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = _logger(folder / "train.log")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    log(f"edgemed {__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, recipe {recipe.name}")
+    log(
+        f"edgemed {__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, recipe {recipe.name}"
+    )
     torch.manual_seed(recipe.seed)
     packages = recipe.path(recipe.data.packages)
     published = _read_lite_medsam(packages)
@@ -50,6 +53,7 @@ def run_stages(recipe: Recipe) -> Path:
     projector = Projector(CONFIG, model.config.width).to(device)
     projector.head.load_state_dict(head.state_dict())
     projector.eval()
+    name_structures(projector, model, text)
     scale, shift = calibrate_presence(projector.head, cache, device, log)
     projector.presence_scale.copy_(scale)
     projector.presence_shift.copy_(shift)
@@ -73,6 +77,17 @@ def run_stages(recipe: Recipe) -> Path:
     draw_curves(folder / "train.log", folder / "curves.png")
     log(f"checkpoint written to {out}")
     return out
+
+
+@torch.no_grad()
+def name_structures(projector: Projector, model: Llama, text: NativeText) -> None:
+    """Start each structure's vectors from the embeddings of its names' tokens, so that a name in a question already
+    resembles the rows of its proposal."""
+    for i, term in enumerate(STRUCTURES):
+        ids = [t for name in (term.en[0], term.zh[0]) for t in text.encode_answer(name)[:-1]]
+        rows = model.embedding.weight[torch.tensor(ids, device=model.embedding.weight.device)]
+        projector.owner[i] = rows.sum(0) / len(ids) ** 0.5
+        projector.structure[i] = rows.sum(0) / len(ids) ** 0.5
 
 
 def _logger(path: Path) -> Log:
@@ -111,8 +126,13 @@ def read_sources(packages: Path, records: Path | None) -> dict[str, list[Labelle
     groups.update(sources.abdomen_mr(reference))
     groups.update(sources.chest_cta(reference))
     templates = packages / "mricron-data/usr/share/mricron/templates"
-    groups.update(sources.brain(packages / "nilearn/nilearn/datasets/data", templates if templates.exists() else None, reference))
-    frames = [packages / "pydicom-data/data_store/data" / name for name in ("US1_UNCR.dcm", "OBXXXX1A.dcm", "color3d_jpeg_baseline.dcm")]
+    groups.update(
+        sources.brain(packages / "nilearn/nilearn/datasets/data", templates if templates.exists() else None, reference)
+    )
+    frames = [
+        packages / "pydicom-data/data_store/data" / name
+        for name in ("US1_UNCR.dcm", "OBXXXX1A.dcm", "color3d_jpeg_baseline.dcm")
+    ]
     frames += sorted((packages / "deid-data/deid_data/data/ultrasounds").glob("*.dcm"))
     groups.update(sources.ultrasound_frames([f for f in frames if f.exists()]))
     groups.update(

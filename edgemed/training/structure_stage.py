@@ -149,7 +149,8 @@ def train_structures(
     targets = [make_targets(cache, i) for i in range(count)]
     optimiser = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1.0, (s + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))))
+        optimiser,
+        lambda s: min(1.0, (s + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
     )
     path, first = folder / "structure.pt", 0
     if path.exists():
@@ -181,7 +182,9 @@ def train_structures(
         if step % 50 == 49 or step == steps - 1:
             each = (time.monotonic() - start) / (step + 1 - first)
             parts = ", ".join(f"{k} {v:.3f}" for k, v in running.items())
-            log(f"structure {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}")
+            log(
+                f"structure {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}"
+            )
         if step % 200 == 199 or step == steps - 1:
             temporary = path.with_suffix(".tmp")
             torch.save({"head": head.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
@@ -191,7 +194,9 @@ def train_structures(
 
 
 @torch.no_grad()
-def calibrate_presence(head: StructureHead, cache: FeatureCache, device: torch.device, log: Log) -> tuple[Tensor, Tensor]:
+def calibrate_presence(
+    head: StructureHead, cache: FeatureCache, device: torch.device, log: Log
+) -> tuple[Tensor, Tensor]:
     """Return (scale, shift) [structures] for the presence logits, fitted on the kept-back samples.
 
     One scale for all (a fit per structure would need more samples), and a shift that makes a presence of one half the

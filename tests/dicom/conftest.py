@@ -55,8 +55,8 @@ def _write(
 
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = UID(syntax)
-    meta.MediaStorageSOPClassUID = elements.get("SOPClassUID") or "1.2.840.10008.5.1.4.1.1.7"
-    meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    meta.MediaStorageSOPClassUID = UID(elements.get("SOPClassUID") or "1.2.840.10008.5.1.4.1.1.7")
+    meta.MediaStorageSOPInstanceUID = UID("1.2.3.4")
     ds = Dataset()
     ds.file_meta = meta
     ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = meta.MediaStorageSOPClassUID, "1.2.3.4", "OT"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from edgemed.core import Scan
 from edgemed.dicom import Limits, Reader, read_scan, read_scans
-from edgemed.errors import NoInput, ResourceLimit
+from edgemed.errors import EdgemedError, InvalidInput, NoInput, ResourceLimit
 
 Write = Callable[..., Path]
 IMAGE = np.arange(64, dtype=np.uint16).reshape(8, 8)
@@ -51,6 +54,22 @@ def test_file_that_kills_the_child_does_not_touch_the_next(write_dicom: Write, t
         with pytest.raises(ResourceLimit):
             reader.read(path)
         np.testing.assert_array_equal(reader.read(write_dicom(IMAGE)).pixels[0], IMAGE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals that tell why a process ended")
+@pytest.mark.parametrize(
+    ("name", "kind"), [("SIGABRT", InvalidInput), ("SIGSEGV", InvalidInput), ("SIGKILL", ResourceLimit)]
+)
+def test_how_the_child_ended_names_the_error(name: str, kind: type[EdgemedError]) -> None:
+    child = subprocess.Popen([sys.executable, "-c", f"import os, signal; os.kill(os.getpid(), signal.{name})"])
+    assert type(Reader()._ended(child, expired=False)) is kind
+
+
+def test_panic_of_the_rle_decoder_is_a_damaged_file(reader: Reader, write_dicom: Write) -> None:
+    # The segment unpacks to more bytes than the frame has: pylibjpeg-rle panics, which is no Exception.
+    frame = struct.pack("<16I", 2, 64, 80, *[0] * 13) + b"\x81\0" * 8 + b"\x81\1" * 8
+    with pytest.raises(InvalidInput):
+        reader.read(write_dicom(IMAGE, syntax="1.2.840.10008.1.2.5", encoded=[frame]))
 
 
 def test_closing_ends_the_child_and_may_be_repeated(write_dicom: Write) -> None:
