@@ -62,8 +62,8 @@ class Scan:
     inverted), or uint8 [frames, rows, columns, 3] RGB. Read-only.
     pixel_spacing_mm: (row spacing, column spacing), or None where the file has none. Never invented.
     window: the VOI window to show float pixels with; None for RGB.
-    first_frame, total_frames: `pixels` holds frames first_frame, first_frame + 1, ... of a file with total_frames frames
-    (None: as many as `pixels` holds). Frame numbers are 0-based and always those of the file.
+    first_frame, total_frames: `pixels` holds frames first_frame, first_frame + 1, ... of a file with total_frames
+    frames (None: as many as `pixels` holds). Frame numbers are 0-based and always those of the file.
     No patient name, id or date ever enters.
     """
 
@@ -126,7 +126,7 @@ class Scan:
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One place in a scan. Box and mask are in scan pixels of frame `frame`; score and iou_estimate are in 0..1 or None."""
+    """One place in a scan: box and mask in scan pixels of frame `frame`, score and iou_estimate in 0..1 or None."""
 
     label: str
     box: Box
@@ -150,7 +150,7 @@ RegionKind = Literal["box", "point", "mask"]
 
 @dataclass(frozen=True, eq=False)
 class PromptRegion:
-    """A place the user points at, in scan pixels of the shown frame: a box, a point (x, y) or a bool [rows, columns] mask."""
+    """A place the user points at, in scan pixels of the shown frame: box, point (x, y) or bool [rows, columns] mask."""
 
     kind: RegionKind
     box: Box | None = None
@@ -190,7 +190,7 @@ def language_of(text: str) -> Language:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made an answer: bundle, back end and device actually used, precision by graph role, counts, timings in ms."""
+    """What made an answer: bundle, back end and device really used, precision by graph role, counts, timings in ms."""
 
     edgemed: str
     family: str

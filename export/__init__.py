@@ -1,4 +1,4 @@
-"""Writes the graphs of a bundle: trained weights to ONNX, and the comparison of the two. Importing it imports nothing."""
+"""Writes the graphs of a bundle: trained weights to ONNX, and the comparison of the two. Imports on use only."""
 
 from __future__ import annotations
 

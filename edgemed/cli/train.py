@@ -13,8 +13,10 @@ from edgemed.errors import CannotRead
 
 @click.command("train", short_help="Train from a recipe.")
 @click.argument("recipe", metavar="RECIPE")
+@click.option("--records", metavar="FOLDER", help="Labelled pictures: a folder with records.jsonl, in place of the recipe's.")
+@click.option("--packages", metavar="FOLDER", help="What fetch_packages.py has filled, in place of the recipe's.")
 @debug_option
-def command(recipe: str) -> None:
+def command(recipe: str, records: str | None, packages: str | None) -> None:
     """Train what the file RECIPE (TOML) describes, in full precision; prints the checkpoint's folder.
 
     A run that was stopped goes on where it was. A GPU is used if there is one; for many, start this with
@@ -24,5 +26,8 @@ def command(recipe: str) -> None:
         raise CannotRead(f"cannot read {recipe}: there is no such file; a recipe in TOML was expected")
     need(("torch", "safetensors", "accelerate", "matplotlib", "nibabel"), "train", "train")
     from edgemed.training import run
+    from edgemed.training.device import is_main_process
 
-    print(run(Path(recipe)))
+    checkpoint = run(Path(recipe), Path(records) if records else None, Path(packages) if packages else None)
+    if is_main_process():
+        print(checkpoint)

@@ -1,6 +1,7 @@
 """Build half of the native family: the four modules, and the checkpoint folder they are saved in and loaded from.
 
-A checkpoint folder holds `config.json` (family, sizes, what it was trained on), `model.safetensors` and `tokenizer.json`.
+A checkpoint folder holds `config.json` (family, sizes, what it was trained on), `model.safetensors` and
+`tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def save_checkpoint(folder: Path, model: NativeModel, tokenizer: Path, training:
 def load(folder: Path) -> NativeModel:
     """Return the model saved in a checkpoint folder, in evaluation mode.
 
-    Raises CannotRead if a file is missing, InvalidInput naming the key if a weight is missing, unknown or of another shape.
+    Raises CannotRead if a file is missing, InvalidInput naming the key if a weight is missing, unknown or of another
+    shape.
     """
     from safetensors.torch import load_file
 

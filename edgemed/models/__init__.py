@@ -1,1 +1,1 @@
-"""The torch modules: the single definition that training uses and that export wraps. Needs torch; never imported at run time."""
+"""The torch modules: the one definition that training uses and that export wraps. Never imported at run time."""

@@ -152,15 +152,23 @@ class Llama(nn.Module):
         mask: bool (True = may be attended) or additive float, [tokens, tokens], [batch, tokens, tokens] or
         [batch, 1, tokens, tokens], last dim the attended token; None means each token sees itself and those before it.
         """
+        return self.forward_tapped(embeddings, positions, mask, tap=0)[0]
+
+    def forward_tapped(
+        self, embeddings: Tensor, positions: Tensor, mask: Tensor | None, tap: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return (hidden as `forward`, the residual stream [batch, tokens, width] before layer `tap`, not normed)."""
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         cos, sin = cos[:, None], sin[:, None]  # [batch, 1, tokens, head_dim / 2]
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        x = embeddings
-        for layer in self.layers:
+        x = tapped = embeddings
+        for i, layer in enumerate(self.layers):
+            if i == tap:
+                tapped = x
             x = layer(x, cos, sin, mask)
         hidden: Tensor = self.norm(x)
-        return hidden
+        return hidden, tapped
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embedding rows [*ids.shape, width]."""

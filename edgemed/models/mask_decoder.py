@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in list(self.layers)[:-1]:
@@ -63,6 +64,8 @@ class Perceptron(nn.Module):
 
 
 class TokenMLP(nn.Module):
+    """The two-layer perceptron of a block."""
+
     def __init__(self) -> None:
         super().__init__()
         self.lin1 = nn.Linear(CHANNELS, _INNER)
@@ -105,8 +108,8 @@ class MaskDecoder(nn.Module):
     """Prompts on one image -> mask logits [prompts, 256, 256] (> 0 is inside) and estimated IoU [prompts].
 
     image_features [1, 256, 64, 64]; boxes [prompts, 4] and points [prompts, points, 2] in model pixels; point_labels
-    int64 [prompts, points] (1 inside, 0 outside, -1 unused); mask_prompts [prompts, 256, 256] logits of an earlier mask;
-    seg_hidden [prompts, width]; has_box, has_mask, has_seg [prompts], 0 or 1.
+    int64 [prompts, points] (1 inside, 0 outside, -1 unused); mask_prompts [prompts, 256, 256] logits of an earlier
+    mask; seg_hidden [prompts, width]; has_box, has_mask, has_seg [prompts], 0 or 1.
     """
 
     def __init__(self, width: int) -> None:

@@ -36,7 +36,7 @@ class Proposals:
 
 
 def box_bins(boxes: Tensor, bins: int) -> Tensor:
-    """Return int64 coordinate bins [..., 4] of boxes in model pixels, x0 < x1 and y0 < y1 (as `geometry.box_to_bins`)."""
+    """Return int64 coordinate bins [..., 4] of boxes in model pixels, x0 < x1, y0 < y1 (as `geometry.box_to_bins`)."""
     raw = torch.round(boxes * (bins / SIDE)).clamp(0, bins - 1)
     start = raw[..., :2].clamp(max=bins - 2)
     return torch.cat([start, torch.maximum(raw[..., 2:], start + 1)], dim=-1).long()
@@ -77,15 +77,15 @@ class Projector(nn.Module):
         self.body_part = nn.Parameter(torch.randn(config.body_parts, width) * 0.1)
         self.structure = nn.Parameter(torch.randn(config.structures, width) * 0.1)
         self.certainty = nn.Parameter(torch.randn(2, width) * 0.1)  # times presence, times "more likely than not"
-        self.side = nn.Parameter(torch.randn(4, width) * 0.02)
-        # Each coordinate row says whose it is: one attention hop finds it. Without, copying was not learned in 300 steps.
+        self.side = nn.Parameter(torch.randn(4, width) * 0.05)
+        # Each coordinate row says whose it is, so one attention hop finds it; without, copying was not learned in 300
+        # steps.
         self.owner = nn.Parameter(torch.randn(config.structures, width) * 0.02)
         self.picture = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, width))
         self.grid = nn.Parameter(torch.randn(POOLED * POOLED, width) * 0.02)
-        self.region = nn.Sequential(
-            nn.Linear(CHANNELS + config.structures + 4, width), nn.GELU(), nn.Linear(width, width)
-        )
-        # Copy of the language model's coordinate embeddings; set by `share_coordinates`.
+        self.region_features = CHANNELS + config.structures + 4
+        self.region = nn.Sequential(nn.Linear(self.region_features, width), nn.GELU(), nn.Linear(width, width))
+        # Copy of the language model's coordinate embeddings, taken when its training ends.
         self.register_buffer("coordinates", torch.zeros(bins, width))
         self.coordinates: Tensor
 
@@ -102,7 +102,7 @@ class Projector(nn.Module):
     def rows(
         self, modality: Tensor, body_part: Tensor, pooled: Tensor, proposals: Proposals, coordinates: Tensor
     ) -> Tensor:
-        """Return image rows [batch, 186, width]. modality and body_part are probabilities; coordinates [bins, width]."""
+        """Return image rows [batch, 186, width]. modality, body_part: probabilities; coordinates [bins, width]."""
         batch = pooled.shape[0]
         kind = (modality @ self.modality)[:, None]
         part = (body_part @ self.body_part)[:, None]
@@ -110,13 +110,18 @@ class Projector(nn.Module):
         likely = (proposals.presence >= 0.5).to(pooled.dtype)
         sure = proposals.presence[..., None] * self.certainty[0] + likely[..., None] * self.certainty[1]
         name = (self.structure[proposals.index] + sure)[:, :, None]  # [batch, 24, 1, width]
-        sides = coordinates[proposals.bins] + self.side + self.owner[proposals.index][:, :, None]  # [batch, 24, 4, width]
+        # Only what is likely there shows its box: fewer rows to tell apart, and nothing to copy for what is absent.
+        shown = coordinates[proposals.bins] * likely[..., None, None]
+        sides = shown + self.side + self.owner[proposals.index][:, :, None]  # [batch, 24, 4, width]
         named = torch.cat([name, sides], dim=2).reshape(batch, 5 * PROPOSALS, -1)
         return torch.cat([kind, part, grid, named], dim=1)
 
     def forward(self, image_features: Tensor, region_maps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return (image_tokens [186, width], region_tokens [regions, width], presence [structures], boxes [structures, 4]
-        in model pixels, structure_maps [structures, 64, 64] probabilities) of one picture."""
+        """Return what the graph gives for one picture.
+
+        (image_tokens [186, width], region_tokens [regions, width], presence [structures], boxes [structures, 4] in
+        model pixels, structure_maps [structures, 64, 64] probabilities)
+        """
         output = self.head(image_features)
         pooled = pool_pictures(image_features)
         boxes = self.head.all_boxes(output.maps)

@@ -40,14 +40,13 @@ class StructureOutput:
     """What the head says of a batch; logits throughout.
 
     maps [batch, structures, 64, 64]; presence [batch, structures]; modality [batch, modalities];
-    body_part [batch, body_parts]; context [batch, context, 16, 16].
+    body_part [batch, body_parts].
     """
 
     maps: Tensor
     presence: Tensor
     modality: Tensor
     body_part: Tensor
-    context: Tensor
 
 
 class ContextBlock(nn.Module):
@@ -78,7 +77,8 @@ class StructureHead(nn.Module):
         super().__init__()
         self.config = config
         d, s = config.context, config.structures
-        # Encoder channels differ 400 times in spread (0.0004 to 0.2): without this the head learns several times slower.
+        # Encoder channels differ 400 times in spread (0.0004 to 0.2): without this the head learns several times
+        # slower.
         self.register_buffer("feature_mean", torch.zeros(CHANNELS))
         self.register_buffer("feature_std", torch.ones(CHANNELS))
         self.feature_mean: Tensor
@@ -127,7 +127,6 @@ class StructureHead(nn.Module):
             presence=self._presence(maps, picture),
             modality=self.modality(picture).float(),
             body_part=self.body_part(picture).float(),
-            context=context.float(),
         )
 
     def edges(self, maps: Tensor, structures: Tensor) -> Tensor:
@@ -165,7 +164,10 @@ class StructureHead(nn.Module):
 
 
 def boxes_from_edges(edges: Tensor) -> Tensor:
-    """Return boxes [..., 4] in model pixels from edge logits [..., 4, 256]: the mean near each peak, ends 2 px apart or more."""
+    """Return boxes [..., 4] in model pixels from edge logits [..., 4, 256].
+
+    Each side is the mean near its peak; opposite sides are at least 2 px apart.
+    """
     peak = edges.argmax(-1, keepdim=True)
     at = torch.arange(SIDE, device=edges.device, dtype=edges.dtype)
     near = ((at - peak).abs() <= 4).to(edges.dtype)

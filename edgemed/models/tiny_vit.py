@@ -77,7 +77,7 @@ class Downsample(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Pre-norm attention inside windows of [batch, side * side, width], with a bias learned per |row, column| offset."""
+    """Pre-norm attention inside windows of [batch, side * side, width], a learned bias per |row, column| offset."""
 
     def __init__(self, width: int, heads: int, side: int) -> None:
         super().__init__()
@@ -143,6 +143,8 @@ class WindowBlock(nn.Module):
 
 
 class ConvStage(nn.Module):
+    """Inverted bottlenecks, then half the resolution."""
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(InvertedBottleneck(_WIDTHS[0]) for _ in range(_DEPTHS[0]))
@@ -155,6 +157,8 @@ class ConvStage(nn.Module):
 
 
 class WindowStage(nn.Module):
+    """Window blocks, then a change of width except in the last stage."""
+
     def __init__(self, index: int) -> None:
         super().__init__()
         width = _WIDTHS[index]
@@ -171,6 +175,8 @@ class WindowStage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """The stem: two 1x1 convolutions at full resolution, as LiteMedSAM has it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, _WIDTHS[0] // 2, 1)
@@ -220,7 +226,8 @@ def from_lite_medsam(state: Mapping[str, Tensor]) -> TinyViT:
     """Return the encoder with LiteMedSAM's published weights; `state` is the whole published checkpoint."""
     prefix = "image_encoder."
     folded = fold_batch_norms({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    renamed = {k.replace("patch_embed.seq.0.", "patch_embed.conv1.").replace("patch_embed.seq.2.", "patch_embed.conv2."): v
+    stem = {"patch_embed.seq.0.": "patch_embed.conv1.", "patch_embed.seq.2.": "patch_embed.conv2."}
+    renamed = {next((new + k[len(old) :] for old, new in stem.items() if k.startswith(old)), k): v
                for k, v in folded.items()}  # fmt: skip
     model = TinyViT()
     model.load_state_dict(renamed)

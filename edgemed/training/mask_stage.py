@@ -6,9 +6,7 @@ language model would write), a point, an earlier mask, the state at `<seg>`, and
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +24,10 @@ from edgemed.models.llama import Llama
 from edgemed.models.mask_decoder import MaskDecoder
 from edgemed.models.projector import Projector
 from edgemed.models.tiny_vit import SIDE
+from edgemed.training.device import ALONE, Processes
 from edgemed.training.language_stage import collate, embed_batch, pack
-from edgemed.training.prepare import FeatureCache, Log
+from edgemed.training.loop import Log, Loop
+from edgemed.training.prepare import FeatureCache
 from edgemed.training.scenes import Scene, inner_point, jitter_box
 from edgemed.training.tasks import Turn, say_place
 
@@ -36,7 +36,7 @@ POINTS = 1
 
 @dataclass(frozen=True, eq=False)
 class SegState:
-    """The language model's hidden state at `<seg>` for one structure of one sample, and the box it wrote (model pixels)."""
+    """The language model's state at `<seg>` for one structure of one sample, and the box it wrote (model pixels)."""
 
     hidden: npt.NDArray[np.float32]
     box: Box
@@ -85,8 +85,8 @@ class PromptBatch:
 
 
 def draw_prompts(
-    structures: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_], states: dict[tuple[int, int], SegState], sample: int,
-    width: int, count: int, rng: np.random.Generator,
+    structures: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_], states: Mapping[tuple[int, int], SegState],
+    sample: int, width: int, count: int, rng: np.random.Generator,
 ) -> PromptBatch | None:  # fmt: skip
     """Return up to `count` random prompts on one sample, or None if it holds nothing large enough."""
     usable = [k for k in range(len(structures)) if masks[k].sum() >= 40]
@@ -123,7 +123,8 @@ def draw_prompts(
             soft = F.avg_pool2d(torch.from_numpy(mask.astype(np.float32))[None, None], 17, stride=1, padding=8)[0, 0]
             mask_prompts[i], has_mask[i] = (soft.numpy() - 0.5) * 12, 1
     arrays = {"boxes": boxes, "has_box": has_box, "points": points, "point_labels": point_labels,
-              "mask_prompts": mask_prompts, "has_mask": has_mask, "seg_hidden": seg_hidden, "has_seg": has_seg}  # fmt: skip
+              "mask_prompts": mask_prompts, "has_mask": has_mask,
+              "seg_hidden": seg_hidden, "has_seg": has_seg}  # fmt: skip
     return PromptBatch({k: torch.from_numpy(v) for k, v in arrays.items()}, torch.from_numpy(truth))
 
 
@@ -144,31 +145,22 @@ def mask_loss(logits: Tensor, iou: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def train_masks(
-    cache: FeatureCache, rows: Sequence[int], states: dict[tuple[int, int], SegState], decoder: MaskDecoder, folder: Path, *,
-    width: int, steps: int, prompts: int, rate: float, seed: int, device: torch.device, log: Log,
+    cache: FeatureCache, rows: Sequence[int], states: Mapping[tuple[int, int], SegState], decoder: MaskDecoder,
+    folder: Path, *, width: int, steps: int, prompts: int, rate: float, seed: int, device: torch.device, log: Log,
+    processes: Processes = ALONE,
 ) -> None:  # fmt: skip
-    """Fine-tune `decoder` in place; resumes from `folder/masks.pt`."""
+    """Fine-tune `decoder` in place; resumes from `folder/masks.pt`. prompts: a step, of all processes together."""
+    processes.check_batch(prompts, "masks.prompts")
     decoder.train()
     fresh = [p for n, p in decoder.named_parameters() if n.startswith("seg_projection.")]
     published = [p for n, p in decoder.named_parameters() if not n.startswith("seg_projection.")]
     optimiser = torch.optim.AdamW(
         [{"params": fresh, "lr": rate * 5}, {"params": published, "lr": rate}], weight_decay=0.01
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda s: min(1.0, (s + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
-    )
-    path, first = folder / "masks.pt", 0
-    if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
-        decoder.load_state_dict(saved["decoder"])
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
-        first = saved["step"]
+    loop = Loop("masks", "decoder", folder / "masks.pt", decoder, optimiser, steps, warm_up=50, floor=0.05, log=log,
+                processes=processes, keep=0.97)  # fmt: skip
     labelled = [i for i in rows if (np.asarray(cache.labels[i]) > 0).sum() >= 40]
-    start = time.monotonic()
-    running: dict[str, float] = {}
-    for step in range(first, steps):
+    for step in loop.left():
         rng = np.random.default_rng([seed, 17, step])
         drawn = None
         while drawn is None:
@@ -176,26 +168,8 @@ def train_masks(
             structures, masks = cache.masks(i)
             drawn = draw_prompts(structures, masks, states, i, width, prompts, rng)
         features = torch.from_numpy(np.array(cache.features[i : i + 1])).float().to(device)
-        feeds = {k: v.to(device) for k, v in drawn.feeds.items()}
+        feeds = {k: v[processes.part].to(device) for k, v in drawn.feeds.items()}
         with torch.autocast(device.type, torch.bfloat16):
             logits, iou = decoder(features, **feeds)
-        losses = mask_loss(logits.float(), iou, drawn.masks.to(device))
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_([*fresh, *published], 1.0)
-        optimiser.step()
-        schedule.step()
-        for name, value in losses.items():
-            running[name] = 0.97 * running.get(name, value.item()) + 0.03 * value.item()
-        if step % 50 == 49 or step == steps - 1:
-            each = (time.monotonic() - start) / (step + 1 - first)
-            parts = ", ".join(f"{k} {v:.4f}" for k, v in running.items())
-            log(
-                f"masks {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}"
-            )
-        if step % 200 == 199 or step == steps - 1:
-            temporary = path.with_suffix(".tmp")
-            torch.save({"decoder": decoder.state_dict(), "optimiser": optimiser.state_dict(),
-                        "schedule": schedule.state_dict(), "step": step + 1}, temporary)  # fmt: skip
-            temporary.replace(path)
+        loop.take(step, mask_loss(logits.float(), iou, drawn.masks[processes.part].to(device)))
     decoder.eval()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,15 @@ from edgemed.families.native_lexicon import MODALITIES, STRUCTURES
 from edgemed.families.native_view import SIDE, model_image, model_view
 from edgemed.geometry import View, fit
 from edgemed.models.tiny_vit import CHANNELS, GRID, TinyViT
+from edgemed.training.loop import Log
 from edgemed.training.slices import LabelledSlice, add_surroundings, paint, roughen, shift_contrast, show, tint, warp
 
 _CANVAS = 320  # pixels along the long side while a slice is being changed: above the model's 256, cheap to warp
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One training sample in the model frame: picture, label map (structure + 1), what is known, boxes without masks."""
+    """One training sample in the model frame: picture, label map (structure + 1), what is known, boxes alone."""
 
     image: npt.NDArray[np.uint8]  # [256, 256, 3]
     labels: npt.NDArray[np.uint8]  # [256, 256]
@@ -83,7 +82,7 @@ def make_sample(piece: LabelledSlice, rng: np.random.Generator, change: bool) ->
 
 
 def _inside_sector(piece: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:
-    """Return, two times in three, a rectangle from the lit part of the frame, often grey: what other probes look like."""
+    """Return, two times in three, a rectangle from the lit part of the frame, often grey, as other probes look."""
     lit = piece.image.max(axis=2) > 24
     ys, xs = np.flatnonzero(lit.mean(1) > 0.1), np.flatnonzero(lit.mean(0) > 0.1)
     if rng.random() < 1 / 3 or ys.size < 64 or xs.size < 64:
@@ -150,7 +149,7 @@ class FeatureCache:
         return int((self.folder / "ready").read_text()) if (self.folder / "ready").exists() else 0
 
     def masks(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Return (structure indices, bool [n, 256, 256]) of what is labelled in sample `index`; brain includes its parts."""
+        """Return (structures, bool [n, 256, 256] masks) of what is labelled in sample `index`; brain has its parts."""
         labels = np.asarray(self.labels[index])
         present = [int(v) - 1 for v in np.unique(labels) if v]
         masks = {s: labels == s + 1 for s in present}
@@ -167,7 +166,10 @@ _BRAIN_PART = {t.key: i for i, t in enumerate(STRUCTURES) if t.key in ("brain", 
 def write_samples(
     folder: Path, groups: dict[str, list[LabelledSlice]], plan: dict[str, int], seed: int, log: Log
 ) -> None:
-    """Draw the planned number of samples of each group and write them in one fixed random order. Atomic by its last file."""
+    """Draw the planned number of samples of each group and write them in one fixed random order.
+
+    Atomic by its last file, `facts.json`.
+    """
     if (folder / "facts.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,8 +190,10 @@ def write_samples(
         pieces = groups[name]
         sample = make_sample(pieces[i % len(pieces)], rng, change=i >= len(pieces) or i % 4 != 0)
         images[row], labels[row] = sample.image, sample.labels
-        facts.append({"group": name, "source": sample.source, "modality": sample.modality, "body_part": sample.body_part,
-                      "known": sample.known.astype(int).tolist(), "boxes": [[s, list(b)] for s, b in sample.boxes]})  # fmt: skip
+        facts.append({
+            "group": name, "source": sample.source, "modality": sample.modality, "body_part": sample.body_part,
+            "known": sample.known.astype(int).tolist(), "boxes": [[s, list(b)] for s, b in sample.boxes],
+        })  # fmt: skip
         if row % 200 == 199:
             log(f"samples {row + 1}/{len(wanted)}, {(time.monotonic() - start) / (row + 1) * 1e3:.0f} ms each")
     images.flush()
@@ -211,7 +215,8 @@ def write_features(folder: Path, encoder: TinyViT, most: int, device: torch.devi
     )
     marker = folder / "ready"
     done = int(marker.read_text()) if marker.exists() else 0
-    encoder = encoder.to(device, memory_format=torch.channels_last).eval()
+    encoder.to(device).eval()
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it for modules
     start, first = time.monotonic(), done
     batch = 1 if device.type == "cpu" else 32
     wanted = min(most, images.shape[0]) if most else images.shape[0]

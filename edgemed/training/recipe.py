@@ -1,9 +1,9 @@
-"""Recipe: what one training run does, read from TOML. Every key has a type and a default; an unknown key is an error."""
+"""Recipe: what one training run does, read from TOML. Every key has a default; an unknown key is an error."""
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from edgemed.errors import CannotRead, InvalidInput
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pictures are. packages: folder that `recipes/fetch_packages.py` fills; records: folder with
-    `records.jsonl`, or "" for none; plan: samples to draw from each source; most: stop after that many of the plan's
-    random order, 0 for all."""
+    """Where the pictures are and how many samples to make of them.
+
+    packages: folder that `recipes/fetch_packages.py` fills. records: folder with `records.jsonl`, or "" for none.
+    plan: samples to draw from each source. most: stop after that many of the plan's random order, 0 for all.
+    """
 
     packages: str = "packages"
     records: str = ""
@@ -76,6 +78,21 @@ def _fill(kind: type[Any], values: dict[str, Any], where: str) -> Any:
     return kind(**values)
 
 
+def with_folders(recipe: Recipe, records: Path | None, packages: Path | None) -> Recipe:
+    """Return the recipe with other data folders where they are given.
+
+    Raises CannotRead if one of them is not a folder, or `records` holds no records.jsonl.
+    """
+    for folder in (records, packages):
+        if folder is not None and not folder.is_dir():
+            raise CannotRead(f"cannot read {folder}: there is no such folder")
+    if records is not None and not (records / "records.jsonl").is_file():
+        raise CannotRead(f"cannot read {records}: records.jsonl was expected in it")
+    given = {"records": records, "packages": packages}
+    changed = {key: str(folder.resolve()) for key, folder in given.items() if folder is not None}
+    return replace(recipe, data=replace(recipe.data, **changed))
+
+
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe in a TOML file. Raises CannotRead or InvalidInput naming the file or the key."""
     try:
@@ -90,4 +107,4 @@ def read_recipe(path: Path) -> Recipe:
     if "name" not in values or "folder" not in values:
         raise InvalidInput(f"recipe {path} lacks `name` or `folder`")
     recipe: Recipe = _fill(Recipe, values, "")
-    return Recipe(**{**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, "base": path.resolve().parent})
+    return replace(recipe, base=path.resolve().parent)

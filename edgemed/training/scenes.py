@@ -1,8 +1,8 @@
 """Scenes: what the language model reads of a sample (pooled features, proposals, regions), computed once per sample.
 
-With the encoder and the dense head frozen, a sample is 50 kB of numbers instead of 2 MB of features. A scene can also be
-made up: the picture's own features with invented proposals, so that copying a box is learned from far more boxes than
-the pictures hold.
+With the encoder and the dense head frozen, a sample is 50 kB of numbers instead of 2 MB of features. A scene can also
+be made up: the picture's own features with invented proposals, so that copying a box is learned from far more boxes
+than the pictures hold.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from edgemed.core import Box, Mask
 from edgemed.families.native_lexicon import STRUCTURES
 from edgemed.families.native_regions import POINT_SIDE, box_map, mask_map, point_map
 from edgemed.geometry import BINS, box_iou, box_of, box_to_bins
-from edgemed.models.projector import PROPOSALS, Projector, pool_pictures, pool_regions
+from edgemed.models.projector import PROPOSALS, Projector, Proposals, pool_pictures, pool_regions
 from edgemed.models.tiny_vit import SIDE
-from edgemed.training.prepare import FeatureCache, Log
+from edgemed.training.loop import Log
+from edgemed.training.prepare import FeatureCache
 from edgemed.training.tasks import ImageFacts, RegionFact
 
 Bins = tuple[int, int, int, int]
@@ -190,9 +191,9 @@ def nudged(scene: Scene, rng: np.random.Generator) -> Scene:
     visible = {s: at[s] for s in scene.facts.visible}
     regions = tuple(
         replace(r, target_bins=at[r.structure])
-        if r.structure in scene.facts.visible
+        if r.structure is not None
+        and r.structure in scene.facts.visible
         and r.target_bins == scene.facts.visible[r.structure]
-        and r.structure is not None
         else r
         for r in scene.facts.regions
     )
@@ -201,8 +202,6 @@ def nudged(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def batch_rows(scenes: Sequence[Scene], projector: Projector, coordinates: torch.Tensor) -> torch.Tensor:
     """Return image rows [batch, rows, width] of several scenes; `coordinates` is the decoder's live table."""
-    from edgemed.models.projector import Proposals
-
     device = coordinates.device
 
     def stack(values: list[Any], dtype: torch.dtype) -> torch.Tensor:

