@@ -111,8 +111,8 @@ Modalities: {kinds}. Body parts: {parts}.
 
 No diagnosis, no judgement of normal or abnormal, no measurements beyond areas, no volumes, one picture at a time. No
 PET, OCT or mammography was seen in training. Left and right of paired organs, small structures (adrenal glands,
-vessels) and anything outside abdominal CT are much weaker than the large abdominal organs. Ultrasound, X-ray, dermoscopy and
-histopathology are only named, not segmented.
+vessels) and anything outside abdominal CT are much weaker than the large abdominal organs. Ultrasound, X-ray,
+dermoscopy and histopathology are only named, not segmented.
 
 ## How it was trained
 

@@ -52,10 +52,10 @@ def unpack(archive: Path, target: Path) -> None:
         inside = Path(temporary)
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as file:
-                file.extractall(inside)
+                file.extractall(inside)  # noqa: S202  # zipfile keeps names inside the folder by itself
         else:
             with tarfile.open(archive) as file:
-                file.extractall(inside, filter="data")  # noqa: S202  # the filter refuses what leaves the folder
+                file.extractall(inside, filter="data")
             inside = next(p for p in inside.iterdir() if p.is_dir())
         shutil.copytree(inside, target, dirs_exist_ok=True)
 

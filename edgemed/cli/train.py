@@ -13,8 +13,8 @@ from edgemed.errors import CannotRead
 
 @click.command("train", short_help="Train from a recipe.")
 @click.argument("recipe", metavar="RECIPE")
-@click.option("--records", metavar="FOLDER", help="Labelled pictures: a folder with records.jsonl, in place of the recipe's.")
-@click.option("--packages", metavar="FOLDER", help="What fetch_packages.py has filled, in place of the recipe's.")
+@click.option("--records", metavar="FOLDER", help="A folder with records.jsonl, in place of the recipe's.")
+@click.option("--packages", metavar="FOLDER", help="What fetch_packages.py filled, in place of the recipe's.")
 @debug_option
 def command(recipe: str, records: str | None, packages: str | None) -> None:
     """Train what the file RECIPE (TOML) describes, in full precision; prints the checkpoint's folder.

@@ -19,7 +19,9 @@ from edgemed.models.tiny_vit import CHANNELS, GRID, SIDE
 
 POOLED = 8
 PROPOSALS = 24
-ROWS = 2 + POOLED * POOLED + 5 * PROPOSALS
+FIRST_PROPOSAL = 2 + POOLED * POOLED
+"""The row where the proposals start, five rows each."""
+ROWS = FIRST_PROPOSAL + 5 * PROPOSALS
 """Rows of `image_tokens`."""
 
 
@@ -73,14 +75,14 @@ class Projector(nn.Module):
         self.register_buffer("presence_shift", torch.zeros(config.structures))
         self.presence_scale: Tensor
         self.presence_shift: Tensor
-        self.modality = nn.Parameter(torch.randn(config.modalities, width) * 0.1)
-        self.body_part = nn.Parameter(torch.randn(config.body_parts, width) * 0.1)
-        self.structure = nn.Parameter(torch.randn(config.structures, width) * 0.1)
-        self.certainty = nn.Parameter(torch.randn(2, width) * 0.1)  # times presence, times "more likely than not"
-        self.side = nn.Parameter(torch.randn(4, width) * 0.05)
+        self.modality = nn.Parameter(torch.randn(config.modalities, width))
+        self.body_part = nn.Parameter(torch.randn(config.body_parts, width))
+        self.structure = nn.Parameter(torch.randn(config.structures, width))
+        self.certainty = nn.Parameter(torch.randn(2, width))  # times presence, times "more likely than not"
+        self.side = nn.Parameter(torch.randn(4, width) * 0.6)
         # Each coordinate row says whose it is, so one attention hop finds it; without, copying was not learned in 300
         # steps.
-        self.owner = nn.Parameter(torch.randn(config.structures, width) * 0.02)
+        self.owner = nn.Parameter(torch.randn(config.structures, width))
         self.picture = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, width))
         self.grid = nn.Parameter(torch.randn(POOLED * POOLED, width) * 0.02)
         self.region_features = CHANNELS + config.structures + 4

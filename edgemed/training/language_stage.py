@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgemed.families.native_text import NativeText, parse, structure_of
-from edgemed.models.llama import Llama
-from edgemed.models.projector import ROWS, Projector
+from edgemed.models.llama import Block, Llama, rope_table, rotate
+from edgemed.models.projector import FIRST_PROPOSAL, ROWS, Projector
 from edgemed.training.device import ALONE, Processes
 from edgemed.training.loop import Log, Loop
 from edgemed.training.scenes import Scene, batch_rows, made_up, nudged
@@ -69,9 +69,10 @@ def pack(text: NativeText, scene: Scene, turns: Sequence[Turn]) -> Packed:
         source = [IGNORED] * len(ids)
         for box, place in zip(boxes, places, strict=True):
             structure = structure_of(place.name)
-            if structure is not None:
-                at = len(prompt) + box
-                source[at : at + 4] = [4 * structure + k for k in range(4)]
+            if structure is not None and place.bins == scene.facts.visible.get(structure):
+                proposal = int(np.flatnonzero(scene.index == structure)[0])
+                row = 1 + FIRST_PROPOSAL + 5 * proposal + 1  # after <bos>, its x0
+                source[len(prompt) + box : len(prompt) + box + 4] = range(row, row + 4)
         out.source.extend(source)
     out.source[:0] = [IGNORED] * (len(out.ids) - len(out.source))
     return out
@@ -89,7 +90,7 @@ class Batch:
 
 
 def collate(rows: Sequence[Packed], pad: int, device: torch.device) -> Batch:
-    """Return a batch; padding attends to itself only."""
+    """Return a batch; padding attends to padding only."""
     length = max(len(r.ids) for r in rows)
     length = (length + 31) // 32 * 32  # few distinct shapes: oneDNN keeps its kernels
 
@@ -156,6 +157,7 @@ def start_from_copying(model: Llama) -> None:
     half = c.head_dim // 2
     slow = [i for pair in range(half * 5 // 8, half) for i in (pair, pair + half)]
     for layer in list(model.layers)[TAP:]:
+        assert isinstance(layer, Block)
         for group in range(c.kv_heads):
             look = torch.zeros(c.head_dim, c.width)
             look[slow] = torch.linalg.qr(torch.randn(c.width, len(slow))).Q.T
@@ -164,22 +166,30 @@ def start_from_copying(model: Llama) -> None:
             own = slice(group * c.head_dim, (group + 1) * c.head_dim)
             layer.qkv.weight[head] = 1.6 * look
             layer.qkv.weight[keys:values][own] = 1.6 * look
-            layer.qkv.weight[values:][own] = 0.35 * copy
-            layer.out.weight[:, head] = 0.35 * copy.T
+            layer.qkv.weight[values:][own] = 1.1 * copy
+            layer.out.weight[:, head] = 1.1 * copy.T
 
 
-def grounding_loss(batch: Batch, tapped: Tensor, model: Llama, projector: Projector) -> Tensor:
-    """Return how badly the stream before layer TAP tells which coordinate row is to be copied next.
+def look_up_loss(batch: Batch, tapped: Tensor, model: Llama) -> Tensor:
+    """Return how badly the copying heads of layer TAP look at the coordinate row that holds the next token.
 
-    The state, normed, is compared with what marks the rows: structure s plus side k. The layers above then find the row
-    by likeness. Without this loss the look-up did not form in 700 steps (coordinates right in 6 %).
+    Cross-entropy of their attention against the row's place. The layers below learn to say whose box and which side
+    comes next, those above get the right row to copy from the start. Without it, coordinates stayed at chance for 700
+    steps, also with the identity of the row as an auxiliary target (right in 98 %).
     """
-    wanted = batch.source != IGNORED
-    if not bool(wanted.any()):
+    c = model.config
+    layer = model.layers[TAP]
+    cos, sin = rope_table(batch.position, c.head_dim, c.rope_theta)
+    qkv = layer.qkv(layer.attention_norm(tapped)).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim)).transpose(1, 2)
+    query = rotate(qkv[:, : c.heads : c.heads // c.kv_heads], cos[:, None], sin[:, None]).float()
+    key = rotate(qkv[:, c.heads : c.heads + c.kv_heads], cos[:, None], sin[:, None]).float()
+    rows, at = (batch.source != IGNORED).nonzero(as_tuple=True)
+    if len(rows) == 0:
         return tapped.sum() * 0
-    state = F.rms_norm(tapped[wanted].float(), (tapped.shape[-1],))
-    marks = (projector.owner[:, None] + projector.side[None]).flatten(0, 1)  # [structures * 4, width]
-    return F.cross_entropy(state @ marks.T, batch.source[wanted]) * 0.5
+    scores = torch.einsum("nhd,nhtd->nht", query[rows, :, at], key[rows]) * c.head_dim**-0.5  # [n, groups, tokens]
+    scores = scores.masked_fill(~batch.mask[rows, at][:, None], float("-inf"))
+    wanted = batch.source[rows, at][:, None].expand(-1, scores.shape[1])
+    return F.cross_entropy(scores.flatten(0, 1), wanted.flatten()) * 0.5
 
 
 def train_language(
@@ -232,7 +242,7 @@ def train_language(
             embedded = embed_batch(packed, chosen, model, projector)
             hidden, tapped = model.forward_tapped(embedded, packed.position, packed.mask, TAP)
             losses = language_loss(packed, hidden, model, special.box)
-        losses["grounding"] = grounding_loss(packed, tapped, model, projector)
+            losses["look-up"] = look_up_loss(packed, tapped, model)
         loop.take(step, losses)
     with torch.no_grad():
         first_row = model.config.first_coordinate

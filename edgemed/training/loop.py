@@ -67,7 +67,7 @@ class Loop:
     def take(self, step: int, losses: Mapping[str, Tensor]) -> None:
         """Make one step down the sum of `losses`; log and save when it is time."""
         self.optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()
         self.processes.average_gradients(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self.optimiser.step()

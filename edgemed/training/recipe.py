@@ -89,7 +89,7 @@ def with_folders(recipe: Recipe, records: Path | None, packages: Path | None) ->
     if records is not None and not (records / "records.jsonl").is_file():
         raise CannotRead(f"cannot read {records}: records.jsonl was expected in it")
     given = {"records": records, "packages": packages}
-    changed = {key: str(folder.resolve()) for key, folder in given.items() if folder is not None}
+    changed: dict[str, Any] = {key: str(folder.resolve()) for key, folder in given.items() if folder is not None}
     return replace(recipe, data=replace(recipe.data, **changed))
 
 

@@ -263,17 +263,22 @@ _RECORDS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
 }
 
 
+_ON_BOTH_SIDES = frozenset({"TCGA-A7-A0DB", "TCGA-A7-A13G"})
+"""Patients of BRCA-M2C who have one slide on each side of the publisher's split."""
+
+
 def record_split(record: Mapping[str, Any]) -> str:
-    """Return "train" or "test" for one line of records.jsonl: by patient where patients are known, else by picture.
+    """Return "train", "test" or "neither" for one line of records.jsonl: by patient if known, else by picture.
 
     `licence_flag: check` is never trained on. Sources of one or two patients are test only, except brain tumours.
+    neither: held out by the publisher, but of a patient who is trained on.
     """
     if record["licence_flag"] != "clear" or record["source"] in ("dcmqi-ct", "sam-med2d-demo"):
         return "test"
     if record["source"] == "pyradiomics-brain":
         return "train" if "brain1" in record["path"] else "test"
     if record["split_hint"] in ("test", "val") and record["source"] != "bccd":
-        return "test"
+        return "neither" if record["patient"] in _ON_BOTH_SIDES else "test"
     return _folds(record["patient"])
 
 

@@ -58,7 +58,8 @@ def _run(recipe: Recipe, processes: Processes) -> Path:
                             device=device, log=log, processes=processes)  # fmt: skip
     text = _tokenizer(folder, recipe.seed, processes)
     special = text.tokens()
-    model = Llama(LlamaConfig(vocabulary=text.vocabulary, first_coordinate=special.first_coordinate, rope_theta=1e5)).to(device)
+    config = LlamaConfig(vocabulary=text.vocabulary, first_coordinate=special.first_coordinate, rope_theta=1e5)
+    model = Llama(config).to(device)
     projector = Projector(CONFIG, model.config.width).to(device)
     projector.head.load_state_dict(head.state_dict())
     projector.eval()
@@ -180,23 +181,25 @@ def _tokenizer(folder: Path, seed: int, processes: Processes) -> NativeText:
 
 
 def draw_curves(log: Path, out: Path) -> None:
-    """Write the losses of every stage in `log` as a PNG, one panel a stage."""
+    """Write the losses of the stages in `log` as a PNG, one panel each; a stage begun again replaces what it was."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    curves: dict[str, dict[str, dict[int, float]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         found = re.search(r" (structure|language|masks) (\d+)/\d+, .*? left: (.*)$", line)
         if found:
+            step = int(found[2])
             for part in found[3].split(", "):
                 name, value = part.rsplit(" ", 1)
-                curves.setdefault(found[1], {}).setdefault(name, []).append((int(found[2]), float(value)))
+                lines = curves.setdefault(found[1], {})
+                lines[name] = {s: v for s, v in lines.get(name, {}).items() if s < step} | {step: float(value)}
     figure, panels = pyplot.subplots(1, max(1, len(curves)), figsize=(5 * max(1, len(curves)), 4), squeeze=False)
     for panel, (stage, lines) in zip(panels[0], curves.items(), strict=False):
         for name, points in lines.items():
-            panel.plot(*zip(*sorted(points), strict=True), label=name)
+            panel.plot(list(points), list(points.values()), label=name)
         panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
         panel.legend(fontsize=8)
     figure.tight_layout()
