@@ -6,7 +6,9 @@ wanted. A grammar is asked before each token (`allowed`) and told after it (`adv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Protocol, TypeVar
 
@@ -67,11 +69,17 @@ class Place(IntEnum):
 
 @dataclass(frozen=True)
 class BoxState:
-    """A place in an answer; inside a box also the bins of its first corner."""
+    """A place in an answer; inside a box also the bins of its first corner.
+
+    name: the name's tokens so far or of the box that is being written, bins: that box's coordinates so far; both are
+    kept only where the grammar knows boxes by name.
+    """
 
     place: Place = Place.TEXT
     x0: int = 0
     y0: int = 0
+    name: tuple[int, ...] = field(default=(), repr=False)
+    bins: tuple[int, ...] = field(default=(), repr=False)
 
 
 class BoxGrammar:
@@ -82,6 +90,7 @@ class BoxGrammar:
     - After `<box>` exactly four coordinates x0, y0, x1, y1 with x0 < x1 and y0 < y1, then `</box>`.
     - Coordinates nowhere else.
     - `<seg>` only right after `</box>`; the end of the answer only outside of tags.
+    - With `boxes` (tokens of a name -> the boxes that stand for it): after a name known there, only those boxes.
 
     >>> tokens = BoxTokens(box=0, box_end=1, ref=2, ref_end=3, seg=4, eos=5, first_coordinate=6, bins=10)
     >>> grammar = BoxGrammar(tokens, vocabulary=20)
@@ -92,8 +101,14 @@ class BoxGrammar:
     (BoxState(place=<Place.X1: 6>, x0=3, y0=7), [10, 11, 12, 13, 14, 15])
     """
 
-    def __init__(self, tokens: BoxTokens, vocabulary: int) -> None:
+    def __init__(
+        self,
+        tokens: BoxTokens,
+        vocabulary: int,
+        boxes: Mapping[tuple[int, ...], tuple[tuple[int, int, int, int], ...]] | None = None,
+    ) -> None:
         t = tokens
+        self._boxes = dict(boxes or {})
         special = (t.box, t.box_end, t.ref, t.ref_end, t.seg, t.eos, *t.never)
         last_coordinate = t.first_coordinate + t.bins - 1
         if t.bins < 2 or not all(0 <= i < vocabulary for i in (*special, t.first_coordinate, last_coordinate)):
@@ -114,6 +129,12 @@ class BoxGrammar:
         if not text.any():
             raise InvalidInput(f"a vocabulary of {vocabulary} has no text token beside tags and coordinates")
 
+    def knowing(self, boxes: Mapping[tuple[int, ...], tuple[tuple[int, int, int, int], ...]]) -> BoxGrammar:
+        """Return this grammar with boxes by name."""
+        grounded = copy(self)
+        grounded._boxes = dict(boxes)
+        return grounded
+
     def start(self) -> BoxState:
         """Return the state before the first token of an answer."""
         return BoxState()
@@ -124,7 +145,11 @@ class BoxGrammar:
             return self._masks[state.place]
         mask = np.zeros(self.vocabulary, np.bool_)
         low, high = self._bin_range(state)
-        mask[self.tokens.first_coordinate + low : self.tokens.first_coordinate + high] = True
+        at = len(state.bins)
+        if known := [box[at] for box in self._boxes.get(state.name, ()) if box[:at] == state.bins]:
+            mask[[self.tokens.first_coordinate + b for b in known if low <= b < high]] = True
+        if not mask.any():
+            mask[self.tokens.first_coordinate + low : self.tokens.first_coordinate + high] = True
         mask.flags.writeable = False
         return mask
 
@@ -132,6 +157,19 @@ class BoxGrammar:
         """Return the state after `token`. Raises InvalidInput if `token` is not allowed in `state`."""
         if not (0 <= token < self.vocabulary and self.allowed(state)[token]):
             raise InvalidInput(f"token {token} may not follow at {state.place.name}")
+        after = self._advance(state, token)
+        if not self._boxes:
+            return after
+        name, bins = state.name, state.bins
+        if state.place in (Place.NAME_START, Place.NAME) and token != self.tokens.ref_end:
+            name = (*name, token)
+        elif Place.X0 <= state.place <= Place.Y1:
+            bins = (*bins, token - self.tokens.first_coordinate)
+        elif state.place not in (Place.NAME, Place.NAMED):
+            name, bins = (), ()
+        return replace(after, name=name, bins=bins)
+
+    def _advance(self, state: BoxState, token: int) -> BoxState:
         t, bin_ = self.tokens, token - self.tokens.first_coordinate
         match state.place:
             case Place.NAME_START:

@@ -31,7 +31,7 @@ from edgemed.families.native_regions import (
 )
 from edgemed.families.native_text import NativeText, Place, parse, plain
 from edgemed.families.native_view import SIDE, model_image, model_view
-from edgemed.geometry import View, bins_to_box, box_iou, box_of, fit
+from edgemed.geometry import View, bins_to_box, box_iou, box_of, box_to_bins, fit
 from edgemed.graphs import Feeds, GraphSpec
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -42,6 +42,8 @@ NOTICE: Mapping[Language, str] = {
 }
 """What goes with an answer where the bundle's settings bring no `notice` of their own."""
 
+_VISIBLE = 0.5
+"""From this presence on the projector's proposal counts as found; the language model is trained with the same."""
 _MASK_LOGIT = 10.0
 """An earlier mask goes in as logits: this inside, its negative outside."""
 _SAME_PLACE = 0.5
@@ -52,7 +54,7 @@ _MASK_MARGIN_PX = 4.0
 
 _NEEDED = {
     "vision_encoder": ({"image"}, {"image_features"}),
-    "projector": ({"image_features", "region_maps"}, {"image_tokens", "region_tokens", "presence"}),
+    "projector": ({"image_features", "region_maps"}, {"image_tokens", "region_tokens", "presence", "boxes"}),
     "decoder": ({"input_ids", "image_tokens", "past_length", "logits_from"}, {"logits", "hidden"}),
     "mask_decoder": (
         {
@@ -104,6 +106,9 @@ class Native:
         self._ids = self._text.tokens()
         self._grammar = BoxGrammar(_box_tokens(self._text), self._text.vocabulary)
         self._free = FreeGrammar(self._text.vocabulary)
+        self._names = [
+            tuple(self._text.encode_name(name) for name in (term.en[0], term.zh[0])) for term in STRUCTURES[:structures]
+        ]
         self._notice: Mapping[Language, str] = {**NOTICE, **bundle.manifest.settings.get("notice", {})}
 
     def graphs(self) -> Mapping[str, GraphSpec]:
@@ -140,8 +145,21 @@ class Native:
         ids = self._text.encode_prompt(prompt.text, image_rows=len(rows), region_bins=bins, language=prompt.language)
         if bins:
             rows = np.concatenate([rows, projected["region_tokens"]])  # [tokens + regions, width]
-        grammar: Grammar[Any] = self._grammar if constrained else self._free
+        grammar: Grammar[Any] = self._grammar.knowing(self._boxes(projected, bins)) if constrained else self._free
         return Question(ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}))
+
+    def _boxes(self, projected: Feeds, regions: Sequence[Bins]) -> dict[tuple[int, ...], tuple[Bins, ...]]:
+        """Return the boxes an answer may give to each name: what the projector proposes there, what the user drew.
+
+        A structure that is not proposed keeps the free choice of the language model, which is told that it is absent.
+        """
+        places: dict[tuple[int, ...], tuple[Bins, ...]] = {}
+        for index, (presence, box) in enumerate(zip(projected["presence"], projected["boxes"], strict=True)):
+            if presence >= _VISIBLE:
+                proposed = box_to_bins((float(box[0]), float(box[1]), float(box[2]), float(box[3])), SIDE)
+                for name in self._names[index]:
+                    places[name] = (proposed, *regions)
+        return places
 
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
         """Return the mask prompts of every `<seg>` with a place: its box, its hidden state, the user's own region."""
@@ -165,12 +183,16 @@ class Native:
         tagged = self._text.decode(written.ids)
         regions: list[Region] = []
         notes = [] if written.ended else ["the answer was cut at the token limit"]
+        spots = self._spots(written)
+        asked = [spot for spot in spots if spot.outlined(written)]
+        mine = _users_regions(prompt.regions, asked, prepared.state)
         outlined = 0
-        for spot in self._spots(written):
-            mask = iou = None
+        for spot in spots:
+            mask = iou = users = None
             if spot.outlined(written) and outlined < len(logits):
-                mask, iou, outlined = logits[outlined], ious[outlined], outlined + 1
-            region = self._region(spot, mask, iou, prompt, prepared.state, projected, written)
+                mask, iou, users = logits[outlined], ious[outlined], mine[outlined]
+                outlined += 1
+            region = self._region(spot, mask, iou, users, prompt, prepared.state, projected, written)
             if isinstance(region, Region):
                 regions.append(region)
             else:
@@ -203,6 +225,7 @@ class Native:
         spot: _Spot,
         logits: Vector | None,
         iou: float | None,
+        users: PromptRegion | None,
         prompt: Prompt,
         view: View,
         projected: Feeds,
@@ -214,7 +237,7 @@ class Native:
         mask = None
         if logits is not None:
             mask = (view.map_to_scan(logits) > 0) & view.inside()
-            if spot.place.bins is not None:
+            if spot.place.bins is not None and users is None:  # what the user points at is not cut to a written box
                 mask &= _within(_grown(bins_to_box(spot.place.bins, SIDE)), view)
             if not mask.any():
                 mask, iou = None, None

@@ -324,6 +324,10 @@ class NativeText:
             inside = match[0] == "<ref>"
         return [*sequence, *self._encode(tagged[at:]), self.tokens().eos]
 
+    def encode_name(self, name: str) -> tuple[int, ...]:
+        """Return the ids of a structure's name as they stand between <ref> and </ref> in an answer."""
+        return tuple(self._encode(f" {name}" if _spaced(name[:1]) else name))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the tagged text of generated ids. <eos>, <pad> and other frame tokens and ids of rows give nothing."""
         special = self.tokens()

@@ -1,4 +1,4 @@
-"""Every real file either gives a Scan or ends in its documented exit code; no other exception, no traceback.
+"""Every real file either is answered by the embedded model or ends in its documented exit code; no other exception.
 
 The files: pydicom's own test files and character sets, the pydicom-data package, and, where EDGEMED_TEST_FILES names a
 folder, deid-data and Debian's octave-dicom.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemed.core import Scan
+from edgemed.core import Prompt, Scan
 from edgemed.dicom import Reader
 from edgemed.errors import EdgemedError
+from edgemed.infer import Session, open_session
 
 # Path pattern -> exit code, the first that matches; a file that matches none must read.
 MUST_FAIL = (
@@ -68,13 +70,21 @@ def check_all(reader: Reader, folder: Path, at_least: int) -> None:
 
 
 def outcome(reader: Reader, path: Path) -> tuple[int, str]:
-    """Return (exit code or 0, message); checks the Scan."""
+    """Return (exit code or 0, message); checks the Scan and the embedded model's answer about it."""
     try:
         scan = reader.read(path)
+        check_scan(scan)
+        answer = session().ask(scan, Prompt("Which modality is this, and where is the liver?", frame=scan.first_frame))
     except EdgemedError as error:
         return error.exit_code, str(error)
-    check_scan(scan)
+    assert answer.text
+    assert "<" not in answer.text
     return 0, ""
+
+
+@cache
+def session() -> Session:
+    return open_session("nano", device="cpu")
 
 
 def check_scan(scan: Scan) -> None:

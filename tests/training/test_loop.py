@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,14 +117,18 @@ processes.close()
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_same_weights(tmp_path: Path, cache: object) -> None:
-    """Two CPU processes (gloo) as `accelerate launch` starts them, two steps of the first stage."""
+    """Two CPU processes (gloo), two steps of the first stage.
+
+    Started by torchrun, which `accelerate launch` calls for several GPUs; on a CPU it would want MPI.
+    """
     script = tmp_path / "stage.py"
     script.write_text(STAGE, encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0"]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     folder = str(cache.folder)  # type: ignore[attr-defined]
-    out = subprocess.run([*launch, str(script), folder, str(tmp_path)], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(
+        [*launch, str(script), folder, str(tmp_path)], capture_output=True, text=True, check=False, env=environment
+    )
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.count("structure 2/2") == 1  # only the first process logs
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
