@@ -33,6 +33,9 @@ class Grammar(Protocol[State]):
     def advance(self, state: State, token: int) -> State:
         """Return the state after `token`. Raises InvalidInput if `token` is not allowed in `state`."""
 
+    def refuses(self, state: State) -> bool:
+        """Return True where what was begun may not be finished: go back to where an end was last allowed."""
+
 
 @dataclass(frozen=True)
 class BoxTokens:
@@ -71,8 +74,8 @@ class Place(IntEnum):
 class BoxState:
     """A place in an answer; inside a box also the bins of its first corner.
 
-    name: the name's tokens so far or of the box that is being written, bins: that box's coordinates so far; both are
-    kept only where the grammar knows boxes by name.
+    name: the name's tokens so far or of the box that is being written, bins: that box's coordinates so far, named: the
+    names that were finished; all are kept only where the grammar knows boxes by name.
     """
 
     place: Place = Place.TEXT
@@ -80,6 +83,7 @@ class BoxState:
     y0: int = 0
     name: tuple[int, ...] = field(default=(), repr=False)
     bins: tuple[int, ...] = field(default=(), repr=False)
+    named: frozenset[tuple[int, ...]] = field(default=frozenset(), repr=False)
 
 
 class BoxGrammar:
@@ -90,7 +94,8 @@ class BoxGrammar:
     - After `<box>` exactly four coordinates x0, y0, x1, y1 with x0 < x1 and y0 < y1, then `</box>`.
     - Coordinates nowhere else.
     - `<seg>` only right after `</box>`; the end of the answer only outside of tags.
-    - With `boxes` (tokens of a name -> the boxes that stand for it): after a name known there, only those boxes.
+    - With `boxes` (tokens of a name -> the boxes that stand for it): after a name known there, only those boxes; a name
+      without boxes, or named before, is refused.
 
     >>> tokens = BoxTokens(box=0, box_end=1, ref=2, ref_end=3, seg=4, eos=5, first_coordinate=6, bins=10)
     >>> grammar = BoxGrammar(tokens, vocabulary=20)
@@ -130,7 +135,7 @@ class BoxGrammar:
             raise InvalidInput(f"a vocabulary of {vocabulary} has no text token beside tags and coordinates")
 
     def knowing(self, boxes: Mapping[tuple[int, ...], tuple[tuple[int, int, int, int], ...]]) -> BoxGrammar:
-        """Return this grammar with boxes by name."""
+        """Return this grammar with boxes by name; a name with no boxes stands for what is not in the image."""
         grounded = copy(self)
         grounded._boxes = dict(boxes)
         return grounded
@@ -167,7 +172,14 @@ class BoxGrammar:
             bins = (*bins, token - self.tokens.first_coordinate)
         elif state.place not in (Place.NAME, Place.NAMED):
             name, bins = (), ()
-        return replace(after, name=name, bins=bins)
+        named = state.named | {name} if state.place == Place.NAMED else state.named
+        return replace(after, name=name, bins=bins, named=named)
+
+    def refuses(self, state: BoxState) -> bool:
+        """Return True just after a name that stands for nothing in the image, or that was given before."""
+        if state.place != Place.NAMED or state.name not in self._boxes:
+            return False
+        return not self._boxes[state.name] or state.name in state.named
 
     def _advance(self, state: BoxState, token: int) -> BoxState:
         t, bin_ = self.tokens, token - self.tokens.first_coordinate
@@ -226,6 +238,10 @@ class FreeGrammar:
         if not 0 <= token < len(self._all):
             raise InvalidInput(f"token {token} is outside the vocabulary of {len(self._all)}")
         return state
+
+    def refuses(self, state: int) -> bool:
+        """Return False."""
+        return False
 
 
 def _with(mask: Allowed, *tokens: int) -> Allowed:

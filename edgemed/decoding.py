@@ -75,7 +75,8 @@ def decode(
 ) -> Decoded:
     """Return the answer to `prompt_ids`, token by token, each the best (or drawn) one that `grammar` allows.
 
-    fixed: the decoder's feeds that stay the same from call to call (`image_tokens`).
+    fixed: the decoder's feeds that stay the same from call to call (`image_tokens`). Where the grammar refuses a place
+    once its name is known, decoding goes back to before it and goes on with another token.
 
     Raises InvalidInput where the prompt is empty or leaves no room in the cache, or where logits are not finite.
     """
@@ -92,25 +93,38 @@ def decode(
     hidden: list[tuple[int, Vector]] = []
     end = 0  # how many ids there are where the grammar last allowed an end
     ended = False
-    out = calls.run(prompt_ids)
+    logits = calls.run(prompt_ids)["logits"][0, -1]
     prefill_ms = calls.milliseconds
     state = grammar.start()
+    rest = (calls.past, state, logits)  # where `end` was reached: a refused place is taken back to there
+    refused: set[int] = set()  # tokens that led to a refusal from there
     while not ended and len(ids) <= room:
         allowed = grammar.allowed(state)
         if allowed[options.eos_id]:
-            end = len(ids)
+            if len(ids) != end:
+                refused = set()
+            end, rest = len(ids), (calls.past, state, logits.copy())
+            if refused:
+                allowed = allowed.copy()
+                allowed[list(refused)] = False
         if len(ids) == room:
             break
-        token, log_prob = _pick(out["logits"][0, -1], allowed, options.temperature, rng)
+        token, log_prob = _pick(logits, allowed, options.temperature, rng)
         ended = token == options.eos_id
         if not ended:
             ids.append(token)
             log_probs.append(log_prob)
             state = grammar.advance(state, token)
+            if grammar.refuses(state):
+                refused.add(ids[end])
+                del ids[end:], log_probs[end:]
+                calls.past, state, logits = rest  # the cache is rolled back by its length alone
+                continue
             if len(ids) < room or token in options.keep_hidden:
                 out = calls.run([token])
-            if token in options.keep_hidden:
-                hidden.append((len(ids) - 1, out["hidden"][0, -1].copy()))
+                logits = out["logits"][0, -1]
+                if token in options.keep_hidden:
+                    hidden.append((len(ids) - 1, out["hidden"][0, -1].copy()))
     return Decoded(
         ids=tuple(ids[:end]),
         log_probs=tuple(log_probs[:end]),

@@ -151,14 +151,14 @@ class Native:
     def _boxes(self, projected: Feeds, regions: Sequence[Bins]) -> dict[tuple[int, ...], tuple[Bins, ...]]:
         """Return the boxes an answer may give to each name: what the projector proposes there, what the user drew.
 
-        A structure that is not proposed keeps the free choice of the language model, which is told that it is absent.
+        A structure with neither has none, and the grammar refuses it: it is not in the image.
         """
         places: dict[tuple[int, ...], tuple[Bins, ...]] = {}
-        for index, (presence, box) in enumerate(zip(projected["presence"], projected["boxes"], strict=True)):
-            if presence >= _VISIBLE:
-                proposed = box_to_bins((float(box[0]), float(box[1]), float(box[2]), float(box[3])), SIDE)
-                for name in self._names[index]:
-                    places[name] = (proposed, *regions)
+        for names, presence, box in zip(self._names, projected["presence"], projected["boxes"], strict=True):
+            proposed = box_to_bins((float(box[0]), float(box[1]), float(box[2]), float(box[3])), SIDE)
+            found = (proposed,) if presence >= _VISIBLE else ()
+            for name in names:
+                places[name] = (*found, *regions)
         return places
 
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemed.box_grammar import FreeGrammar
+from edgemed.box_grammar import BoxGrammar, FreeGrammar
 from edgemed.bundle import Bundle, write_bundle
-from edgemed.core import Prompt, PromptRegion, Scan, Window
+from edgemed.core import Language, Prompt, PromptRegion, Scan, Window
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families import Family, Prepared, Written, open_family
 from edgemed.families.native import NOTICE, Native
+from edgemed.families.native_lexicon import STRUCTURES, structure_of
 from edgemed.families.native_text import NativeText
-from edgemed.geometry import box_of
+from edgemed.geometry import bins_to_box, box_of
 from edgemed.graphs import Feeds
+
+Bins = tuple[int, int, int, int]
 
 TWO = (
     "A <ref>liver</ref><box><c100><c200><c500><c600></box><seg> and "
@@ -49,12 +53,36 @@ def scan(modality: str = "DX") -> Scan:
     return Scan(pixels, modality, Window(40, 400))
 
 
-def projected() -> Feeds:
+def projected(seen: Mapping[str, Bins] | None = None, presence: float = 0.9) -> Feeds:
+    """What the projector gives: every structure is there with an empty box, those in `seen` with theirs."""
+    boxes = np.zeros((len(STRUCTURES), 4), np.float32)
+    for name, bins in (seen or {}).items():
+        boxes[structure_of(name)] = bins_to_box(bins, 256)
     return {
         "image_tokens": np.ones((6, 8), np.float32),
         "region_tokens": np.full((1, 8), 2, np.float32),
-        "presence": np.full(200, 0.9, np.float32),
+        "presence": np.full(len(STRUCTURES), presence, np.float32),
+        "boxes": boxes,
     }
+
+
+def choices(grammar: Any, text: NativeText, name: str) -> set[Bins] | None:
+    """The boxes that may stand after a name; None where the choice is free."""
+    assert isinstance(grammar, BoxGrammar)
+    t = text.tokens()
+    state = grammar.start()
+    for token in (t.ref, *text.encode_name(name), t.ref_end, t.box):
+        state = grammar.advance(state, token)
+    if grammar.allowed(state).sum() == t.bins - 1:
+        return None
+    open_boxes: list[tuple[tuple[int, ...], Any]] = [((), state)]
+    for _ in range(4):
+        open_boxes = [
+            ((*bins, int(token) - t.first_coordinate), grammar.advance(state, int(token)))
+            for bins, state in open_boxes
+            for token in np.flatnonzero(grammar.allowed(state))
+        ]
+    return {(bins[0], bins[1], bins[2], bins[3]) for bins, _ in open_boxes}
 
 
 def written(text: NativeText, tagged: str, log_prob: float = -0.1, **changes: Any) -> Written:
@@ -126,6 +154,40 @@ def test_question_has_image_rows_region_rows_and_the_region_as_bins(family: Fami
     plain = family.ask(Prompt("hi"), ask(family, Prompt("hi")), projected(), constrained=False)
     assert plain.fixed["image_tokens"].shape == (6, 8)
     assert isinstance(plain.grammar, FreeGrammar)
+
+
+@pytest.mark.parametrize(("language", "name"), [("en", "liver"), ("zh", "肝脏")])
+def test_visible_structure_has_the_proposed_box_or_the_users(
+    family: Family, text: NativeText, language: Language, name: str
+) -> None:
+    seen = projected({"liver": (100, 200, 500, 600)}, presence=0.5)
+    alone = Prompt("where", language=language)
+    question = family.ask(alone, ask(family, alone), seen)
+    assert choices(question.grammar, text, name) == {(100, 200, 500, 600)}
+    pointed = Prompt("what is <region>?", (PromptRegion("box", box=(0, 51.2, 256, 512)),), language)
+    question = family.ask(pointed, ask(family, pointed), seen)
+    assert choices(question.grammar, text, name) == {(100, 200, 500, 600), (0, 100, 500, 999)}
+
+
+def test_structure_that_is_not_proposed_has_the_users_box_and_an_unknown_name_a_free_one(
+    family: Family, text: NativeText
+) -> None:
+    prompt = Prompt("what is <region>?", (PromptRegion("box", box=(0, 51.2, 256, 512)),))
+    seen = projected({"liver": (100, 200, 500, 600)})
+    seen["presence"][structure_of("spleen")] = 0.49
+    grammar = family.ask(prompt, ask(family, prompt), seen).grammar
+    assert choices(grammar, text, "liver") is not None
+    assert choices(grammar, text, "spleen") == {(0, 100, 500, 999)}
+    assert choices(grammar, text, "marked region") is None
+
+
+def test_boxes_of_one_image_do_not_stay_for_the_next(family: Family, text: NativeText) -> None:
+    prompt = Prompt("where")
+    for bins in ((100, 200, 500, 600), (10, 20, 30, 40)):
+        grammar = family.ask(prompt, ask(family, prompt), projected({"liver": bins})).grammar
+        assert choices(grammar, text, "liver") == {bins}
+    absent = family.ask(prompt, ask(family, prompt), projected(presence=0.1)).grammar
+    assert choices(absent, text, "liver") is None
 
 
 def test_every_seg_becomes_a_mask_prompt_in_batches_of_the_graph(family: Family, text: NativeText) -> None:
@@ -215,6 +277,31 @@ def test_mask_pixels_far_from_the_box_are_strays(family: Family, text: NativeTex
     reading = family.read_answer(scan(), prompt, ask(family, prompt), projected(), answer, everything)
     x0, y0, x1, y1 = box_of(reading.regions[0].mask) or (0, 0, 0, 0)
     assert (x0, y0, x1, y1) == pytest.approx((51.2 - 30.7, 102.4 - 30.7, 256 + 30.7, 307.2 + 30.7), abs=1)
+
+
+def test_point_outside_the_written_box_keeps_its_mask(family: Family, text: NativeText) -> None:
+    logits = np.full((1, 256, 256), -3, np.float32)
+    logits[0, 240:256, 236:252] = 3  # far from the written box, around the point
+    out = [{"mask_logits": logits, "iou": np.full(1, 0.7, np.float32)}]
+    pointed, alone = Prompt("this", (PromptRegion("point", point=(490, 500)),)), Prompt("where")
+    answer = written(text, ONE)
+    (region,) = family.read_answer(scan(), pointed, ask(family, pointed), projected(), answer, out).regions
+    assert region.mask is not None
+    assert box_of(region.mask) == pytest.approx((472, 480, 504, 512), abs=1)
+    assert region.iou_estimate == pytest.approx(0.7)
+    (region,) = family.read_answer(scan(), alone, ask(family, alone), projected(), answer, out).regions
+    assert region.mask is None  # what nobody pointed at is cut to the written box
+
+
+def test_box_that_is_another_place_than_the_written_one_does_not_widen_the_mask(
+    family: Family, text: NativeText
+) -> None:
+    everything = [{"mask_logits": np.ones((1, 256, 256), np.float32), "iou": np.ones(1, np.float32)}]
+    other = Prompt("this", (PromptRegion("box", box=(400, 400, 500, 500)),))
+    (region,) = family.read_answer(
+        scan(), other, ask(family, other), projected(), written(text, ONE), everything
+    ).regions
+    assert box_of(region.mask) == pytest.approx((51.2 - 30.7, 102.4 - 30.7, 256 + 30.7, 307.2 + 30.7), abs=1)
 
 
 def test_empty_mask_leaves_the_box(family: Family, text: NativeText) -> None:

@@ -118,8 +118,22 @@ def test_every_name_has_the_same_ids_in_question_and_answer(text: NativeText, la
         named = answer[1 : answer.index(text.tokens().ref_end)]
         asked = text.encode_prompt(name, image_rows=0, language=language)[2:-1]
         assert asked == named
+        assert text.encode_name(name) == tuple(named)
         if language == "zh":
             assert len(named) == 1
+
+
+def test_name_has_the_ids_of_its_sentence(text: NativeText) -> None:
+    place = tag("right kidney", (1, 2, 3, 4))
+    for answer in (
+        f"The {place} is outlined.",
+        f"({place})",
+        f"右侧是{place}。",
+        f"{tag('肝脏', (1, 2, 3, 4))}和{place}",
+    ):
+        ids = text.encode_answer(answer)
+        at = len(ids) - ids[::-1].index(text.tokens().ref)
+        assert tuple(ids[at : ids.index(text.tokens().ref_end, at)]) == text.encode_name("right kidney")
 
 
 def test_coordinates_are_exact(text: NativeText) -> None:

@@ -1,8 +1,8 @@
 """A native bundle that answers what the test wants: hand-made ONNX graphs of a few nodes in the real shapes.
 
-vision_encoder averages 4 x 4 pixels. The projector gives constant tokens. The decoder writes one fixed answer, whatever
-it is asked, keeping its place in it in the state. The mask decoder outlines the box it is given; without a box, the
-point's 24 px square.
+vision_encoder averages 4 x 4 pixels. The projector gives constant tokens and proposes, for each structure that the
+answer names, the box the answer gives it. The decoder writes one fixed answer, whatever it is asked, keeping its place
+in it in the state. The mask decoder outlines the box it is given; without a box, the point's 24 px square.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgemed.bundle import Bundle, write_bundle
-from edgemed.families.native_lexicon import STRUCTURES
-from edgemed.families.native_text import SPECIAL_TOKENS, NativeText
+from edgemed.families.native_lexicon import STRUCTURES, structure_of
+from edgemed.families.native_text import SPECIAL_TOKENS, NativeText, Place, parse
+from edgemed.geometry import bins_to_box
 from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 
 WIDTH, CHANNELS, TOKENS, CACHE = 8, 3, 6, 1024
@@ -123,7 +124,16 @@ def graph(of: GraphSpec, nodes: list[tuple[str, str, str, dict[str, Any]]], cons
     return bytes(model.SerializeToString())
 
 
-def graphs(answer_ids: list[int]) -> dict[str, bytes]:
+def proposals(answer: str) -> np.ndarray:
+    """Return float32 [structures, 4], model pixels: the box the answer gives to each structure, else zeros."""
+    boxes = np.zeros((STRUCTURE_COUNT, 4), np.float32)
+    for place in parse(answer):
+        if isinstance(place, Place) and place.bins is not None and (index := structure_of(place.name)) is not None:
+            boxes[index] = bins_to_box(place.bins, 256)
+    return boxes
+
+
+def graphs(answer: str, answer_ids: list[int]) -> dict[str, bytes]:
     s = specs()
     f = np.float32
     centres = np.arange(256, dtype=f) + f(0.5)
@@ -148,7 +158,7 @@ def graphs(answer_ids: list[int]) -> dict[str, bytes]:
                 "flat": np.array([-1, 4096], np.int64),
                 "weights": np.ones((4096, WIDTH), f),
                 "p": np.full(STRUCTURE_COUNT, 0.81, f),
-                "b": np.zeros((STRUCTURE_COUNT, 4), f),
+                "b": proposals(answer),
                 "m": np.zeros((STRUCTURE_COUNT, 64, 64), f),
             },
         ),
@@ -224,7 +234,7 @@ def make(folder: Path, answer: str, settings: dict[str, Any] | None = None) -> B
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(tokenizer_json(), encoding="utf-8")
     ids = NativeText(file).encode_answer(answer)
-    files: dict[str, bytes | Path] = {f"graphs/{role}.onnx": data for role, data in graphs(ids).items()}
+    files: dict[str, bytes | Path] = {f"graphs/{role}.onnx": data for role, data in graphs(answer, ids).items()}
     files["tokenizer/tokenizer.json"] = file
     files["NOTICE"] = b"made by a test\n"
     files["reports/parity.json"] = json.dumps({}).encode()

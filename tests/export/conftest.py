@@ -1,0 +1,78 @@
+"""A native model with random weights and its four graphs, made once for the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+
+from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
+from edgemed.families.native_text import NativeText
+from edgemed.families.native_torch import NativeModel
+from edgemed.graphs import GraphSpec
+from edgemed.models.llama import Llama, LlamaConfig
+from edgemed.models.mask_decoder import MaskDecoder
+from edgemed.models.projector import Projector
+from edgemed.models.structure_head import StructureConfig
+from edgemed.models.tiny_vit import TinyViT
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """The model, its specs and its graphs, and pictures to compare on."""
+
+    model: NativeModel
+    specs: dict[str, GraphSpec]
+    graphs: dict[str, onnx.ModelProto]
+    images: list[npt.NDArray[np.float32]]
+
+
+@pytest.fixture(scope="session")
+def export_text(tmp_path_factory: pytest.TempPathFactory, tiny_native: ModuleType) -> NativeText:
+    return NativeText(_tokenizer(tmp_path_factory, tiny_native))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory, tiny_native: ModuleType) -> Path:
+    return _tokenizer(tmp_path_factory, tiny_native)
+
+
+def _tokenizer(folders: pytest.TempPathFactory, tiny_native: ModuleType) -> Path:
+    path = folders.mktemp("text") / "tokenizer.json"
+    path.write_text(tiny_native.tokenizer_json(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def native_model(export_text: NativeText) -> NativeModel:
+    """All parts in their real shapes, but for a small language model; weights random."""
+    torch.manual_seed(0)
+    first = export_text.tokens().first_coordinate
+    decoder = Llama(LlamaConfig(vocabulary=export_text.vocabulary, first_coordinate=first, width=64, layers=2, heads=4,
+                                kv_heads=2, head_dim=16, inner=96, draft_rank=8))  # fmt: skip
+    head = StructureConfig(len(STRUCTURES), len(MODALITIES), len(BODY_PARTS), context=24, layers=1, heads=2)
+    masks = MaskDecoder(64)
+    projector = Projector(head, 64)
+    with torch.no_grad():
+        masks.frequencies.normal_()
+        for p in masks.parameters():
+            if not p.any():
+                p.normal_(0, 0.1)
+        projector.coordinates.normal_()
+    return NativeModel(TinyViT(), projector, decoder, masks).eval()
+
+
+@pytest.fixture(scope="session")
+def exported(native_model: NativeModel) -> Exported:
+    """Takes about a minute for each graph that torch exports."""
+    from edgemed.export.native import native_graphs, native_specs
+
+    specs = native_specs(native_model)
+    images = [np.random.default_rng(0).random((3, 256, 256)).astype(np.float32)]
+    return Exported(native_model, specs, native_graphs(native_model, specs), images)
