@@ -98,7 +98,8 @@ def open_processes() -> Processes:
         return ALONE
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    handlers = [InitProcessGroupKwargs(timeout=_PATIENCE)]
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator)
 
 

@@ -181,6 +181,7 @@ def look_up_loss(batch: Batch, tapped: Tensor, model: Llama) -> Tensor:
     """
     c = model.config
     layer = model.layers[TAP]
+    assert isinstance(layer, Block)
     cos, sin = rope_table(batch.position, c.head_dim, c.rope_theta)
     qkv = layer.qkv(layer.attention_norm(tapped)).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim)).transpose(1, 2)
     query = rotate(qkv[:, : c.heads : c.heads // c.kv_heads], cos[:, None], sin[:, None]).float()

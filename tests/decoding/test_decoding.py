@@ -35,14 +35,15 @@ class FakeRunner:
     """Logits from a function of everything that went in so far; hidden states that tell which token went in where."""
 
     backend, device = "fake", "none"
+    may_go_back = False
 
     def __init__(self, logits: Callable[[list[int]], np.ndarray]) -> None:
         self.logits, self.seen, self.calls = logits, [], []
 
     def run(self, feeds):
         past, ids = int(feeds["past_length"][0]), feeds["input_ids"][0].tolist()
-        assert past == len(self.seen)
-        self.seen += ids
+        assert past == len(self.seen) or (self.may_go_back and 0 < past < len(self.seen))
+        self.seen[past:] = ids
         self.calls.append(len(ids))
         hidden = np.full((1, 1, WIDTH), self.seen[-1] * 1000 + len(self.seen) - 1, np.float32)
         return {"logits": self.logits(self.seen).astype(np.float32)[None, None], "hidden": hidden}
@@ -151,6 +152,52 @@ def test_whatever_the_logits_everything_decoded_can_be_read(seed: int, temperatu
 def test_random_logits_do_write_boxes() -> None:
     grammar = BoxGrammar(TOKENS, VOCABULARY)
     assert sum(check_parses(run(noise(seed), grammar, temperature=1.0).ids) for seed in range(60)) > 20
+
+
+def test_a_place_that_the_grammar_refuses_is_taken_back() -> None:
+    grammar = BoxGrammar(TOKENS, VOCABULARY).knowing({(20,): (), (21,): ((1, 2, 3, 4),)})
+    place = (REF, 21, REF_END, BOX, FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, BOX_END, SEG)
+
+    def logits(seen: list[int]) -> np.ndarray:
+        said = tuple(seen[len(PROMPT) :])
+        wishes = {(): 25, (25,): REF, (25, REF): 20, (25, REF, 20): REF_END, (25, 26): REF, (25, 26, REF): 21}
+        for start in ((25, 26), (25, 26, *place)):  # the same place twice
+            wishes |= {(*start, *place[:i]): token for i, token in enumerate(place)}
+        out = np.eye(VOCABULARY)[wishes.get(said, EOS)] * 5
+        if said == (25,):
+            out[26] = 4  # the second wish, where the first led to a refusal
+        return out
+
+    runner = FakeRunner(logits)
+    runner.may_go_back = True
+    decoded = run(runner, grammar, keep_hidden=frozenset({SEG}))
+    assert decoded.ids == (25, 26, *place)
+    assert decoded.ended
+    assert len(decoded.log_probs) == len(decoded.ids)
+    assert [(i, h[0]) for i, h in decoded.hidden] == [(11, SEG * 1000 + len(PROMPT) + 11)]
+    assert runner.seen == [*PROMPT, *decoded.ids, REF, 21]  # the last try stays in the cache; nothing reads it
+    assert decoded.decoder_calls == len(runner.calls)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 1.0]), st.integers(1, 80))
+def test_no_answer_holds_what_the_grammar_refuses(seed: int, temperature: float, limit: int) -> None:
+    first = FIRST + BINS
+    boxes = {(n,): ((n - first, 0, n - first + 1, 5),) if n % 2 else () for n in range(first, VOCABULARY)}
+    rng = np.random.default_rng(seed)
+    bonus = np.zeros(VOCABULARY)
+    bonus[[REF, REF_END]] = 2
+    runner = FakeRunner(lambda seen: rng.normal(0, 1, VOCABULARY) + bonus)
+    runner.may_go_back = True
+    grammar = BoxGrammar(TOKENS, VOCABULARY).knowing(boxes)
+    decoded = run(runner, grammar, temperature=temperature, seed=seed, max_new_tokens=limit)
+    check_parses(decoded.ids)
+    named = []
+    for name, *corners, _ in PLACE.findall(as_text(decoded.ids)):
+        if len(name) == 1:
+            named.append(name)
+            assert tuple(map(int, corners)) in boxes[(first + ord(name) - ord("a"),)]
+    assert len(set(named)) == len(named)
 
 
 def test_sampling_is_reproducible_and_follows_the_probabilities() -> None:

@@ -186,8 +186,22 @@ def test_boxes_of_one_image_do_not_stay_for_the_next(family: Family, text: Nativ
     for bins in ((100, 200, 500, 600), (10, 20, 30, 40)):
         grammar = family.ask(prompt, ask(family, prompt), projected({"liver": bins})).grammar
         assert choices(grammar, text, "liver") == {bins}
-    absent = family.ask(prompt, ask(family, prompt), projected(presence=0.1)).grammar
-    assert choices(absent, text, "liver") is None
+
+
+@pytest.mark.parametrize("name", ["liver", "肝脏"])
+def test_structure_that_is_not_proposed_is_refused_unless_a_region_was_drawn(
+    family: Family, text: NativeText, name: str
+) -> None:
+    def refuses(prompt: Prompt, presence: float) -> bool:
+        grammar = family.ask(prompt, ask(family, prompt), projected(presence=presence)).grammar
+        state = grammar.start()
+        for token in (text.tokens().ref, *text.encode_name(name), text.tokens().ref_end):
+            state = grammar.advance(state, token)
+        return grammar.refuses(state)
+
+    assert refuses(Prompt("where"), 0.49)
+    assert not refuses(Prompt("where"), 0.5)
+    assert not refuses(Prompt("this", (PromptRegion("point", point=(250, 200)),)), 0.49)
 
 
 def test_every_seg_becomes_a_mask_prompt_in_batches_of_the_graph(family: Family, text: NativeText) -> None:

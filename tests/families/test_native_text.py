@@ -123,17 +123,20 @@ def test_every_name_has_the_same_ids_in_question_and_answer(text: NativeText, la
             assert len(named) == 1
 
 
-def test_name_has_the_ids_of_its_sentence(text: NativeText) -> None:
-    place = tag("right kidney", (1, 2, 3, 4))
-    for answer in (
-        f"The {place} is outlined.",
-        f"({place})",
-        f"右侧是{place}。",
-        f"{tag('肝脏', (1, 2, 3, 4))}和{place}",
-    ):
-        ids = text.encode_answer(answer)
-        at = len(ids) - ids[::-1].index(text.tokens().ref)
-        assert tuple(ids[at : ids.index(text.tokens().ref_end, at)]) == text.encode_name("right kidney")
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("right kidney", "The {} is outlined."),
+        ("right kidney", "Here ({})"),
+        ("right kidney", "{} and more"),
+        ("右肾", "右侧是{}。"),
+        ("右肾", "The {} is outlined."),
+    ],
+)
+def test_name_has_the_same_ids_in_every_sentence(text: NativeText, name: str, answer: str) -> None:
+    ids = text.encode_answer(answer.format(tag(name, (1, 2, 3, 4))))
+    start = ids.index(text.tokens().ref) + 1
+    assert tuple(ids[start : ids.index(text.tokens().ref_end)]) == text.encode_name(name)
 
 
 def test_coordinates_are_exact(text: NativeText) -> None:
