@@ -31,7 +31,7 @@ from edgemed.families.native_regions import (
 )
 from edgemed.families.native_text import NativeText, Place, parse, plain
 from edgemed.families.native_view import SIDE, model_image, model_view
-from edgemed.geometry import View, bins_to_box, box_iou, box_of, box_to_bins, fit
+from edgemed.geometry import View, bins_to_box, box_of, box_to_bins, fit
 from edgemed.graphs import Feeds, GraphSpec
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -46,8 +46,6 @@ _VISIBLE = 0.5
 """From this presence on the projector's proposal counts as found; the language model is trained with the same."""
 _MASK_LOGIT = 10.0
 """An earlier mask goes in as logits: this inside, its negative outside."""
-_SAME_PLACE = 0.5
-"""From this IoU of boxes on, a place in the answer is the region the user pointed at."""
 _MASK_MARGIN = 0.15
 _MASK_MARGIN_PX = 4.0
 """A mask is kept within its box grown by this share and at least this many model pixels: strays fall away."""
@@ -164,7 +162,7 @@ class Native:
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
         """Return the mask prompts of every `<seg>` with a place: its box, its hidden state, the user's own region."""
         spots = [spot for spot in self._spots(written) if spot.outlined(written)]
-        mine = _users_regions(prompt.regions, spots, prepared.state)
+        mine = _users_regions(prompt.regions, spots)
         prompts = [
             _mask_prompt(spot, region, prepared.state, written) for spot, region in zip(spots, mine, strict=True)
         ]
@@ -185,7 +183,7 @@ class Native:
         notes = [] if written.ended else ["the answer was cut at the token limit"]
         spots = self._spots(written)
         asked = [spot for spot in spots if spot.outlined(written)]
-        mine = _users_regions(prompt.regions, asked, prepared.state)
+        mine = _users_regions(prompt.regions, asked)
         outlined = 0
         for spot in spots:
             mask = iou = users = None
@@ -286,21 +284,12 @@ def _box_tokens(text: NativeText) -> BoxTokens:
     )
 
 
-def _users_regions(regions: Sequence[PromptRegion], spots: Sequence[_Spot], view: View) -> list[PromptRegion | None]:
+def _users_regions(regions: Sequence[PromptRegion], spots: Sequence[_Spot]) -> list[PromptRegion | None]:
     """Return for each outlined place the user's region that it is, or None.
 
-    They are matched in order where there are as many of both; a box or a mask must agree with the box that was written.
+    They are matched in order where there are as many of both: the user pointed there, whatever box was written.
     """
-    if len(regions) != len(spots):
-        return [None] * len(spots)
-    return [region if _is_place(region, spot, view) else None for region, spot in zip(regions, spots, strict=True)]
-
-
-def _is_place(region: PromptRegion, spot: _Spot, view: View) -> bool:
-    if spot.place.bins is None or region.point is not None:
-        return True
-    box = view.box_to_model(region_box(region))
-    return box_iou(box, bins_to_box(spot.place.bins, SIDE)) >= _SAME_PLACE
+    return list(regions) if len(regions) == len(spots) else [None] * len(spots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,23 +303,22 @@ class _MaskPrompt:
 
 
 def _mask_prompt(spot: _Spot, region: PromptRegion | None, view: View, written: Written) -> _MaskPrompt:
-    """Return what the mask decoder is asked with: what the user gave goes before what the model wrote.
+    """Return what the mask decoder is asked with: what the user gave, alone, else what the model wrote.
 
-    A box or a mask of the user replaces the written box; beside a point, the written box stays if the point is in it.
+    The written box and the state at `<seg>` are left out beside a user's region. With them box->mask Dice on the test
+    series was 0.20, because the language model named only 7 % of the regions rightly and its box took their place.
     """
     seg = None if spot.seg_at is None else written.hidden.get(spot.seg_at)
     box = None if spot.place.bins is None else bins_to_box(spot.place.bins, SIDE)
     if region is None:
         return _MaskPrompt(box, seg=seg)
     if region.point is not None:
-        point = view.point_to_model(region.point)
-        inside = box is not None and box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
-        return _MaskPrompt(box if inside else None, point, seg=seg)
+        return _MaskPrompt(point=view.point_to_model(region.point))
     box = view.box_to_model(region_box(region))
     if region.mask is None:
-        return _MaskPrompt(box, seg=seg)
+        return _MaskPrompt(box)
     inside_share = view.image_to_model(region.mask.astype(np.float32))  # [SIDE, SIDE], 0..1
-    return _MaskPrompt(box, mask=(2 * inside_share - 1) * np.float32(_MASK_LOGIT), seg=seg)
+    return _MaskPrompt(box, mask=(2 * inside_share - 1) * np.float32(_MASK_LOGIT))
 
 
 def _stacked(prompts: Sequence[_MaskPrompt], width: int) -> Feeds:

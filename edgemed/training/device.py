@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgemed.errors import InvalidInput
+from edgemed.errors import BackendUnavailable, InvalidInput
 
 _PATIENCE = timedelta(hours=6)
 """How long the other processes wait while the first one fills the cache; the libraries' own 10 minutes are too few."""
@@ -93,13 +93,20 @@ ALONE = Processes()
 
 
 def open_processes() -> Processes:
-    """Return this process's place: what `accelerate launch` (or torchrun) says in its environment, else ALONE."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    """Return this process's place: what `accelerate launch` (or torchrun) says in its environment, else ALONE.
+
+    Raises BackendUnavailable if the processes that were launched do not find each other.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched <= 1:
         return ALONE
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     handlers = [InitProcessGroupKwargs(timeout=_PATIENCE)]
+    # Without `cpu`, accelerate takes each process for the only one where there is no GPU, and says nothing.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+    if (found := accelerator.num_processes) != launched:
+        raise BackendUnavailable(f"{launched} processes were launched, accelerate joined {found}; see `accelerate env`")
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator)
 
 

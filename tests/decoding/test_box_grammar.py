@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemed.box_grammar import BoxGrammar, BoxState, BoxTokens, FreeGrammar
@@ -85,6 +85,7 @@ def test_what_may_follow(tokens: tuple[int, ...], expected: set[int]) -> None:
     assert set(np.flatnonzero(GRAMMAR.allowed(after(*tokens))).tolist()) == expected
 
 
+@settings(deadline=None)
 @given(st.sampled_from([GRAMMAR, KNOWING]), st.lists(st.integers(0, VOCABULARY - 1), max_size=60))
 def test_every_walk_has_a_next_token_and_refuses_what_is_not_allowed(grammar: BoxGrammar, wishes: list[int]) -> None:
     state = grammar.start()
@@ -99,6 +100,7 @@ def test_every_walk_has_a_next_token_and_refuses_what_is_not_allowed(grammar: Bo
         state = grammar.advance(state, wish)
 
 
+@settings(deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=5), st.integers(0, 2**32))
 def test_after_a_known_name_random_logits_write_one_of_its_boxes(names: list[Name], seed: int) -> None:
     scores = np.random.default_rng(seed)
@@ -126,6 +128,7 @@ def test_a_name_without_boxes_or_given_before_is_refused() -> None:
     assert not grammar.refuses(after(REF, 22, REF_END, grammar=grammar))
 
 
+@settings(deadline=None)
 @given(
     NAMES.filter(lambda name: name not in BOXES),
     st.tuples(*[st.integers(0, BINS - 1)] * 4).filter(lambda b: b[0] < b[2] and b[1] < b[3]),

@@ -226,27 +226,26 @@ def test_answer_without_seg_asks_for_no_mask(family: Family, text: NativeText) -
     assert reading.regions[0].iou_estimate is None
 
 
-def test_users_point_goes_to_the_mask_decoder_with_the_written_box_if_it_lies_in_it(
-    family: Family, text: NativeText
-) -> None:
+def test_users_point_goes_to_the_mask_decoder_alone(family: Family, text: NativeText) -> None:
     inside = Prompt("this", (PromptRegion("point", point=(100, 200)),))
     (feeds,) = family.mask_feeds(inside, ask(family, inside), projected(), written(text, ONE))
     assert feeds["points"].tolist() == [[[50, 100]]]
     assert feeds["point_labels"].tolist() == [[1]]
-    assert feeds["has_box"].tolist() == [1]
+    assert feeds["has_box"].tolist() == [0]
+    assert feeds["has_seg"].tolist() == [0]
     outside = Prompt("this", (PromptRegion("point", point=(500, 500)),))
     (feeds,) = family.mask_feeds(outside, ask(family, outside), projected(), written(text, ONE))
     assert feeds["has_box"].tolist() == [0]
     assert feeds["point_labels"].tolist() == [[1]]
 
 
-def test_users_box_replaces_the_written_one_where_both_are_the_same_place(family: Family, text: NativeText) -> None:
+def test_users_box_replaces_the_written_one(family: Family, text: NativeText) -> None:
     same = Prompt("this", (PromptRegion("box", box=(50, 100, 260, 300)),))
     (feeds,) = family.mask_feeds(same, ask(family, same), projected(), written(text, ONE))
     np.testing.assert_allclose(feeds["boxes"][0], [25, 50, 130, 150])
     other = Prompt("this", (PromptRegion("box", box=(400, 400, 500, 500)),))
     (feeds,) = family.mask_feeds(other, ask(family, other), projected(), written(text, ONE))
-    np.testing.assert_allclose(feeds["boxes"][0], [25.6, 51.2, 128, 153.6], rtol=1e-6)
+    np.testing.assert_allclose(feeds["boxes"][0], [200, 200, 250, 250])
     (feeds,) = family.mask_feeds(same, ask(family, same), projected(), written(text, TWO))
     np.testing.assert_allclose(feeds["boxes"][0], [25.6, 51.2, 128, 153.6], rtol=1e-6)
 
@@ -305,17 +304,6 @@ def test_point_outside_the_written_box_keeps_its_mask(family: Family, text: Nati
     assert region.iou_estimate == pytest.approx(0.7)
     (region,) = family.read_answer(scan(), alone, ask(family, alone), projected(), answer, out).regions
     assert region.mask is None  # what nobody pointed at is cut to the written box
-
-
-def test_box_that_is_another_place_than_the_written_one_does_not_widen_the_mask(
-    family: Family, text: NativeText
-) -> None:
-    everything = [{"mask_logits": np.ones((1, 256, 256), np.float32), "iou": np.ones(1, np.float32)}]
-    other = Prompt("this", (PromptRegion("box", box=(400, 400, 500, 500)),))
-    (region,) = family.read_answer(
-        scan(), other, ask(family, other), projected(), written(text, ONE), everything
-    ).regions
-    assert box_of(region.mask) == pytest.approx((51.2 - 30.7, 102.4 - 30.7, 256 + 30.7, 307.2 + 30.7), abs=1)
 
 
 def test_empty_mask_leaves_the_box(family: Family, text: NativeText) -> None:
