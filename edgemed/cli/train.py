@@ -17,7 +17,9 @@ from edgemed.errors import CannotRead
 @click.option("--packages", metavar="FOLDER", help="What fetch_packages.py filled, in place of the recipe's.")
 @debug_option
 def command(recipe: str, records: str | None, packages: str | None) -> None:
-    """Train what the file RECIPE (TOML) describes, in float32 weights (products in bfloat16); prints the checkpoint's folder.
+    """Train what the file RECIPE (TOML) describes; prints the checkpoint's folder.
+
+    Weights are float32, products bfloat16.
 
     A run that was stopped goes on where it was. A GPU is used if there is one; for many, start this with
     `accelerate launch -m edgemed train RECIPE`.

