@@ -1,9 +1,10 @@
 """The projector: feature map -> the rows the language model reads as image tokens, and the proposals in numbers.
 
 Rows, in order: what kind of picture (1), which part of the body (1), an 8 x 8 grid of pooled features (64), then the
-likeliest structures, five rows each: which structure and how sure, x0, y0, x1, y1. A coordinate row is the language
-model's own embedding of that coordinate token, so that writing a box is copying tokens it can see. A region asked about
-is one more row, pooled from the map under the region.
+likeliest structures, five rows each: which structure and how sure, x0, y0, x1, y1; what is visible comes first, largest
+box first. A coordinate row is the language model's own embedding of that coordinate token, so that writing a box is
+copying tokens it can see. A region asked about is one more row, pooled from the map under the region; it carries the
+vector of the structure that the dense head sees there.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ FIRST_PROPOSAL = 2 + POOLED * POOLED
 """The row where the proposals start, five rows each."""
 ROWS = FIRST_PROPOSAL + 5 * PROPOSALS
 """Rows of `image_tokens`."""
+_SHARPNESS = 16.0
+"""How much more the likeliest structure under a region counts than the others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
-    """The likeliest structures of a batch: index, calibrated presence and coordinate bins, likeliest first.
+    """The likeliest structures of a batch: index, calibrated presence and coordinate bins, in the order of `in_order`.
 
     index int64 [batch, 24]; presence [batch, 24]; bins int64 [batch, 24, 4].
     """
@@ -42,6 +45,15 @@ def box_bins(boxes: Tensor, bins: int) -> Tensor:
     raw = torch.round(boxes * (bins / SIDE)).clamp(0, bins - 1)
     start = raw[..., :2].clamp(max=bins - 2)
     return torch.cat([start, torch.maximum(raw[..., 2:], start + 1)], dim=-1).long()
+
+
+def in_order(presence: Tensor, bins: Tensor) -> Tensor:
+    """Return what proposals are ordered by, highest first: the box's area where likelier than not, else presence.
+
+    A list by size is then the rows as they come; sorting by areas that only coordinates tell was not learned.
+    """
+    side = (bins[..., 2:] - bins[..., :2]).to(presence.dtype)
+    return torch.where(presence >= 0.5, 1 + side[..., 0] * side[..., 1], presence)
 
 
 def pool_pictures(features: Tensor) -> Tensor:
@@ -98,8 +110,18 @@ class Projector(nn.Module):
     def propose(self, output: StructureOutput, boxes: Tensor) -> Proposals:
         """Return the 24 likeliest structures of each picture; boxes [batch, structures, 4] in model pixels."""
         presence, index = self.calibrated(output.presence).topk(PROPOSALS, dim=1)
-        chosen = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-        return Proposals(index, presence, box_bins(chosen, self.bins))
+        bins = box_bins(boxes.gather(1, index[..., None].expand(-1, -1, 4)), self.bins)
+        order = in_order(presence, bins).topk(PROPOSALS, dim=1).indices
+        return Proposals(
+            index.gather(1, order), presence.gather(1, order), bins.gather(1, order[..., None].expand(-1, -1, 4))
+        )
+
+    def region_rows(self, pooled: Tensor) -> Tensor:
+        """Return rows [..., width] of regions from what `pool_regions` gives, [..., 256 + structures + 4]."""
+        features, seen, place = pooled.split((CHANNELS, self.head.config.structures, 4), dim=-1)
+        features = (features - self.head.feature_mean) / self.head.feature_std
+        own: Tensor = self.region(torch.cat([features, seen, place], dim=-1))
+        return own + (seen * (_SHARPNESS * seen).softmax(-1)) @ self.structure
 
     def rows(
         self, modality: Tensor, body_part: Tensor, pooled: Tensor, proposals: Proposals, coordinates: Tensor
@@ -129,6 +151,6 @@ class Projector(nn.Module):
         boxes = self.head.all_boxes(output.maps)
         proposals = self.propose(output, boxes)
         rows = self.rows(output.modality.softmax(1), output.body_part.softmax(1), pooled, proposals, self.coordinates)
-        regions = self.region(pool_regions(image_features, output.maps, region_maps))
+        regions = self.region_rows(pool_regions(image_features, output.maps, region_maps))
         presence = self.calibrated(output.presence)[0]
         return rows[0], regions, presence, boxes[0], output.maps[0].sigmoid()

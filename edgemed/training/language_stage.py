@@ -116,7 +116,7 @@ def embed_batch(batch: Batch, scenes: Sequence[Scene], model: Llama, projector: 
     pooled = np.zeros((len(scenes), most, width), np.float32)
     for i, s in enumerate(scenes):
         pooled[i, : len(s.regions)] = s.regions.reshape(len(s.regions), -1) if len(s.regions) else 0
-    regions = projector.region(torch.from_numpy(pooled).to(batch.ids.device))
+    regions = projector.region_rows(torch.from_numpy(pooled).to(batch.ids.device))
     rows = torch.cat([images, regions.to(images.dtype)], dim=1)
     is_row = batch.ids >= vocabulary
     text = model.embed(batch.ids.clamp(max=vocabulary - 1))

@@ -17,12 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgemed.core import Box, Mask
+from edgemed.errors import InvalidInput
 from edgemed.families.native_lexicon import STRUCTURES
+from edgemed.families.native_masks import map_prompt, structure_at
 from edgemed.families.native_text import NativeText
 from edgemed.geometry import bins_to_box, box_of
 from edgemed.models.llama import Llama
 from edgemed.models.mask_decoder import MaskDecoder
 from edgemed.models.projector import Projector
+from edgemed.models.structure_head import StructureHead
 from edgemed.models.tiny_vit import SIDE
 from edgemed.training.device import ALONE, Processes
 from edgemed.training.language_stage import collate, embed_batch, pack
@@ -32,6 +35,8 @@ from edgemed.training.scenes import Scene, inner_point, jitter_box
 from edgemed.training.tasks import Turn, say_place
 
 POINTS = 1
+SMALLEST = 40
+"""Model pixels a structure has at least to be asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +91,13 @@ class PromptBatch:
 
 def draw_prompts(
     structures: npt.NDArray[np.int64], masks: npt.NDArray[np.bool_], states: Mapping[tuple[int, int], SegState],
-    sample: int, width: int, count: int, rng: np.random.Generator,
+    maps: npt.NDArray[np.float32], sample: int, width: int, count: int, rng: np.random.Generator,
 ) -> PromptBatch | None:  # fmt: skip
-    """Return up to `count` random prompts on one sample, or None if it holds nothing large enough."""
-    usable = [k for k in range(len(structures)) if masks[k].sum() >= 40]
+    """Return up to `count` random prompts on one sample, or None if it holds nothing large enough.
+
+    maps: the dense head's probabilities [structures, 64, 64]; most points and answers bring theirs, as at run time.
+    """
+    usable = [k for k in range(len(structures)) if masks[k].sum() >= SMALLEST]
     if not usable:
         return None
     n = count
@@ -99,6 +107,7 @@ def draw_prompts(
     seg_hidden, has_seg = np.zeros((n, width), np.float32), np.zeros(n, np.float32)
     truth = np.zeros((n, SIDE, SIDE), bool)
     for i in range(n):
+        seen: int | None = None  # the structure whose map goes in as a rough mask
         k = usable[int(rng.integers(len(usable)))]
         mask: Mask = masks[k]
         truth[i] = mask
@@ -109,12 +118,15 @@ def draw_prompts(
         if kind < 0.25 or (state is None and kind >= 0.5):  # a box that a person or a model drew
             boxes[i], has_box[i] = jitter_box(box, rng, 0.03), 1
         elif kind < 0.5:  # a point alone
-            points[i, 0], point_labels[i, 0] = inner_point(mask, rng), 1
+            point = inner_point(mask, rng)
+            points[i, 0], point_labels[i, 0] = point, 1
+            seen = structure_at(point, maps)
         else:  # as answers are made: the written box and the state at <seg>, at times a point too
             assert state is not None
             written = state.box if rng.random() < 0.7 else jitter_box(box, rng, 0.05)
             boxes[i], has_box[i] = written, 1
             seg_hidden[i], has_seg[i] = state.hidden, 1
+            seen = int(structures[k]) if (maps[structures[k]] >= 0.5).any() else None
             if kind > 0.8:
                 points[i, 0], point_labels[i, 0] = inner_point(mask, rng), 1
             if kind > 0.92:
@@ -122,6 +134,8 @@ def draw_prompts(
         if rng.random() < 0.08:  # an earlier mask: the truth blurred, as logits
             soft = F.avg_pool2d(torch.from_numpy(mask.astype(np.float32))[None, None], 17, stride=1, padding=8)[0, 0]
             mask_prompts[i], has_mask[i] = (soft.numpy() - 0.5) * 12, 1
+        elif seen is not None and rng.random() < 0.85:
+            mask_prompts[i], has_mask[i] = map_prompt(maps[seen]), 1
     arrays = {"boxes": boxes, "has_box": has_box, "points": points, "point_labels": point_labels,
               "mask_prompts": mask_prompts, "has_mask": has_mask,
               "seg_hidden": seg_hidden, "has_seg": has_seg}  # fmt: skip
@@ -145,11 +159,14 @@ def mask_loss(logits: Tensor, iou: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def train_masks(
-    cache: FeatureCache, rows: Sequence[int], states: Mapping[tuple[int, int], SegState], decoder: MaskDecoder,
-    folder: Path, *, width: int, steps: int, prompts: int, rate: float, seed: int, device: torch.device, log: Log,
-    processes: Processes = ALONE,
+    cache: FeatureCache, rows: Sequence[int], states: Mapping[tuple[int, int], SegState], head: StructureHead,
+    decoder: MaskDecoder, folder: Path, *, width: int, steps: int, prompts: int, rate: float, seed: int,
+    device: torch.device, log: Log, processes: Processes = ALONE,
 ) -> None:  # fmt: skip
-    """Fine-tune `decoder` in place; resumes from `folder/masks.pt`. prompts: a step, of all processes together."""
+    """Fine-tune `decoder` in place; resumes from `folder/masks.pt`. prompts: a step, of all processes together.
+
+    Raises InvalidInput if no sample of `rows` has a labelled structure of SMALLEST pixels.
+    """
     processes.check_batch(prompts, "masks.prompts")
     decoder.train()
     fresh = [p for n, p in decoder.named_parameters() if n.startswith("seg_projection.")]
@@ -159,15 +176,19 @@ def train_masks(
     )
     loop = Loop("masks", "decoder", folder / "masks.pt", decoder, optimiser, steps, warm_up=50, floor=0.05, log=log,
                 processes=processes, keep=0.97)  # fmt: skip
-    labelled = [i for i in rows if (np.asarray(cache.labels[i]) > 0).sum() >= 40]
+    labelled = [i for i in rows if np.bincount(np.asarray(cache.labels[i]).ravel(), minlength=2)[1:].max() >= SMALLEST]
+    if not labelled:
+        raise InvalidInput(f"no sample has a labelled structure of {SMALLEST} pixels to train the mask decoder on")
     for step in loop.left():
         rng = np.random.default_rng([seed, 17, step])
         drawn = None
         while drawn is None:
             i = labelled[int(rng.integers(len(labelled)))]
             structures, masks = cache.masks(i)
-            drawn = draw_prompts(structures, masks, states, i, width, prompts, rng)
-        features = torch.from_numpy(np.array(cache.features[i : i + 1])).float().to(device)
+            features = torch.from_numpy(np.array(cache.features[i : i + 1])).float().to(device)
+            with torch.no_grad():
+                maps = head(features).maps[0].sigmoid().cpu().numpy()
+            drawn = draw_prompts(structures, masks, states, maps, i, width, prompts, rng)
         feeds = {k: v[processes.part].to(device) for k, v in drawn.feeds.items()}
         with torch.autocast(device.type, torch.bfloat16):
             logits, iou = decoder(features, **feeds)

@@ -20,7 +20,7 @@ from edgemed.core import Box, Mask
 from edgemed.families.native_lexicon import STRUCTURES
 from edgemed.families.native_regions import POINT_SIDE, box_map, mask_map, point_map
 from edgemed.geometry import BINS, box_iou, box_of, box_to_bins
-from edgemed.models.projector import PROPOSALS, Projector, Proposals, pool_pictures, pool_regions
+from edgemed.models.projector import PROPOSALS, Projector, Proposals, in_order, pool_pictures, pool_regions
 from edgemed.models.tiny_vit import SIDE
 from edgemed.training.loop import Log
 from edgemed.training.prepare import FeatureCache
@@ -166,11 +166,11 @@ def _make_regions(
 
 
 def made_up(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return the scene with invented proposals: random structures, boxes and presence, the likeliest first."""
+    """Return the scene with invented proposals: random structures, boxes and presence, in their proper order."""
     count = int(rng.integers(0, 15))
     index = rng.permutation(len(STRUCTURES))[:PROPOSALS]
-    sure = np.sort(rng.beta(2.5, 0.7, count) * 0.5 + 0.5)[::-1]
-    unsure = np.sort(rng.beta(0.5, 2.5, PROPOSALS - count) * 0.499)[::-1]
+    sure = rng.beta(2.5, 0.7, count) * 0.5 + 0.5
+    unsure = rng.beta(0.5, 2.5, PROPOSALS - count) * 0.499
     presence = np.concatenate([sure, unsure]).astype(np.float32)
     centre = rng.uniform(60, 940, (PROPOSALS, 2))
     half = np.exp(rng.normal(4.3, 0.7, (PROPOSALS, 2))).clip(12, 420)
@@ -179,7 +179,7 @@ def made_up(scene: Scene, rng: np.random.Generator) -> Scene:
     visible = {int(s): _bins(b) for s, b, p in zip(index, bins, presence, strict=True) if p >= 0.5}
     absent = tuple(s for s in range(len(STRUCTURES)) if s not in visible)
     facts = replace(scene.facts, visible=visible, absent=absent, regions=())
-    return replace(scene, index=index, presence=presence, bins=bins, facts=facts)
+    return _ordered(replace(scene, index=index, presence=presence, bins=bins, facts=facts))
 
 
 def nudged(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -197,7 +197,14 @@ def nudged(scene: Scene, rng: np.random.Generator) -> Scene:
         else r
         for r in scene.facts.regions
     )
-    return replace(scene, bins=moved, facts=replace(scene.facts, visible=visible, regions=regions))
+    return _ordered(replace(scene, bins=moved, facts=replace(scene.facts, visible=visible, regions=regions)))
+
+
+def _ordered(scene: Scene) -> Scene:
+    """Return the scene with its proposals in the projector's order."""
+    key = in_order(torch.from_numpy(scene.presence), torch.from_numpy(scene.bins))
+    order = key.argsort(descending=True).numpy()
+    return replace(scene, index=scene.index[order], presence=scene.presence[order], bins=scene.bins[order])
 
 
 def batch_rows(scenes: Sequence[Scene], projector: Projector, coordinates: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ def _run(recipe: Recipe, processes: Processes) -> Path:
     text = _tokenizer(folder, recipe.seed, processes)
     special = text.tokens()
     config = LlamaConfig(vocabulary=text.vocabulary, first_coordinate=special.first_coordinate, rope_theta=1e5)
+    torch.manual_seed(recipe.seed)  # what is drawn from here on does not depend on whether a stage was resumed
     model = Llama(config).to(device)
     projector = Projector(CONFIG, model.config.width).to(device)
     projector.head.load_state_dict(head.state_dict())
@@ -75,11 +76,12 @@ def _run(recipe: Recipe, processes: Processes) -> Path:
     train_language(scenes, projector, model, text, folder, steps=lang.steps, batch=lang.batch, turns=lang.turns,
                    rate=lang.rate, seed=recipe.seed, device=device, log=log, processes=processes)  # fmt: skip
 
+    torch.manual_seed(recipe.seed)
     decoder = mask_decoder.from_lite_medsam(published, model.config.width).to(device)
     states = seg_states(scenes, projector, model, text, recipe.seed, device, log)
     m = recipe.masks
-    train_masks(cache, [int(i) for i in fit], states, decoder, folder, width=model.config.width, steps=m.steps,
-                prompts=m.prompts, rate=m.rate, seed=recipe.seed, device=device, log=log,
+    train_masks(cache, [int(i) for i in fit], states, projector.head, decoder, folder, width=model.config.width,
+                steps=m.steps, prompts=m.prompts, rate=m.rate, seed=recipe.seed, device=device, log=log,
                 processes=processes)  # fmt: skip
 
     out = folder / "checkpoint"

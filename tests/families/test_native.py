@@ -63,6 +63,7 @@ def projected(seen: Mapping[str, Bins] | None = None, presence: float = 0.9) -> 
         "region_tokens": np.full((1, 8), 2, np.float32),
         "presence": np.full(len(STRUCTURES), presence, np.float32),
         "boxes": boxes,
+        "structure_maps": np.zeros((len(STRUCTURES), 64, 64), np.float32),
     }
 
 
@@ -237,6 +238,30 @@ def test_users_point_goes_to_the_mask_decoder_alone(family: Family, text: Native
     (feeds,) = family.mask_feeds(outside, ask(family, outside), projected(), written(text, ONE))
     assert feeds["has_box"].tolist() == [0]
     assert feeds["point_labels"].tolist() == [[1]]
+
+
+def test_point_brings_the_map_of_what_is_seen_there(family: Family, text: NativeText) -> None:
+    seen = projected()
+    seen["structure_maps"][3, 20:30, 10:20] = 0.9  # model pixels 40..80 across, 80..120 down
+    inside = Prompt("this", (PromptRegion("point", point=(100, 200)),))
+    (feeds,) = family.mask_feeds(inside, ask(family, inside), seen, written(text, ONE))
+    assert feeds["has_mask"].tolist() == [1]
+    assert feeds["mask_prompts"][0, 100, 60] == pytest.approx(np.log(0.9 / 0.1), abs=1e-3)
+    assert feeds["mask_prompts"][0, 100, 100] == -10
+    outside = Prompt("this", (PromptRegion("point", point=(300, 200)),))
+    (feeds,) = family.mask_feeds(outside, ask(family, outside), seen, written(text, ONE))
+    assert feeds["has_mask"].tolist() == [0]
+
+
+def test_written_structure_brings_its_map_where_it_shows(family: Family, text: NativeText) -> None:
+    seen = projected()
+    seen["structure_maps"][structure_of("liver"), 20:30, 10:20] = 0.9
+    seen["structure_maps"][structure_of("spleen"), 20:30, 10:20] = 0.4
+    prompt = Prompt("segment")
+    (feeds,) = family.mask_feeds(prompt, ask(family, prompt), seen, written(text, TWO))
+    assert feeds["has_mask"].tolist() == [1, 0]
+    assert feeds["mask_prompts"][0, 100, 60] > 2
+    assert feeds["has_box"].tolist() == feeds["has_seg"].tolist() == [1, 1]
 
 
 def test_users_box_replaces_the_written_one(family: Family, text: NativeText) -> None:

@@ -9,6 +9,7 @@ import torch
 from edgemed.geometry import box_to_bins
 from edgemed.models.projector import FIRST_PROPOSAL, PROPOSALS, ROWS, Projector, box_bins, pool_pictures, pool_regions
 from edgemed.models.structure_head import StructureConfig, StructureHead, boxes_from_edges
+from edgemed.models.tiny_vit import CHANNELS
 
 CONFIG = StructureConfig(structures=30, modalities=3, body_parts=4, context=24, layers=1, heads=2)
 WIDTH = 16
@@ -110,9 +111,28 @@ def test_what_the_graph_gives_fits_together(projector: Projector) -> None:
     assert (boxes[:, :2] < boxes[:, 2:]).all()
     output = projector.head(features())
     proposals = projector.propose(output, boxes[None])
-    order = presence.argsort(descending=True)[:PROPOSALS]
-    assert proposals.index[0].tolist() == order.tolist()
-    assert proposals.bins[0].tolist() == box_bins(boxes[order], 1000).tolist()
+    likeliest = presence.argsort(descending=True)[:PROPOSALS]
+    order = proposals.index[0]
+    assert set(order.tolist()) == set(likeliest.tolist())
+    bins = proposals.bins[0]
+    assert bins.tolist() == box_bins(boxes[order], 1000).tolist()
+    visible = int((presence >= 0.5).sum())
+    area = (bins[:visible, 2] - bins[:visible, 0]) * (bins[:visible, 3] - bins[:visible, 1])
+    assert (area.diff() <= 0).all()  # what is visible, largest first
+    assert order[visible:].tolist() == likeliest[visible:].tolist()
+
+
+@torch.no_grad()
+def test_a_region_row_carries_the_structure_that_is_seen_there(projector: Projector) -> None:
+    pooled = torch.zeros(3, projector.region_features)
+    pooled[0, CHANNELS + 7] = 0.9
+    pooled[0, CHANNELS + 8] = 0.4
+    pooled[1, CHANNELS + 8] = 0.3
+    nothing = projector.region(torch.cat([-projector.head.feature_mean / projector.head.feature_std, torch.zeros(34)]))
+    rows = projector.region_rows(pooled) - projector.region_rows(pooled[2:])
+    near = torch.nn.functional.cosine_similarity(rows[:2, None], projector.structure, dim=-1)
+    assert near.argmax(1).tolist() == [7, 8]
+    assert torch.allclose(projector.region_rows(pooled[2:])[0], nothing, atol=1e-5)
 
 
 @torch.no_grad()

@@ -21,14 +21,16 @@ def make_masks() -> npt.NDArray[np.bool_]:
 
 
 STRUCTURES = np.array([3, 8, 9])
+MAPS = np.zeros((12, 64, 64), np.float32)
+MAPS[3, 12:23, 15:30] = 0.9  # the first as the dense head may see it
 STATES = {(7, 3): SegState(np.ones(WIDTH, np.float32), (61.0, 50.0, 119.0, 91.0))}
 
 
 def test_prompts_have_the_shapes_of_the_decoder_and_fit_their_masks() -> None:
     masks = make_masks()
-    kinds = set()
+    kinds, maps = set(), set()
     for seed in range(60):
-        drawn = draw_prompts(STRUCTURES, masks, STATES, 7, WIDTH, 3, np.random.default_rng(seed))
+        drawn = draw_prompts(STRUCTURES, masks, STATES, MAPS, 7, WIDTH, 3, np.random.default_rng(seed))
         assert drawn is not None
         shapes = {name: tuple(tensor.shape) for name, tensor in drawn.feeds.items()}
         assert shapes == {
@@ -57,13 +59,16 @@ def test_prompts_have_the_shapes_of_the_decoder_and_fit_their_masks() -> None:
             if earlier:
                 inside = f["mask_prompts"].numpy() > 0
                 assert (inside & truth).sum() > 0.7 * truth.sum()
+            maps.add((point and not box, seg, earlier, truth[60, 70]))
+    # a point on what the dense head sees, and what was written, mostly bring its map; a point elsewhere brings none
+    assert {(True, False, True, True), (True, False, False, True), (False, True, True, True)} <= maps
     assert {(True, False, False), (False, True, False), (True, False, True), (True, True, True)} <= kinds
 
 
 def test_nothing_is_asked_where_nothing_is_large_enough() -> None:
     tiny = make_masks()[2:]
-    assert draw_prompts(STRUCTURES[2:], tiny, {}, 0, WIDTH, 2, np.random.default_rng(0)) is None
-    assert draw_prompts(STRUCTURES[:0], tiny[:0], {}, 0, WIDTH, 2, np.random.default_rng(0)) is None
+    assert draw_prompts(STRUCTURES[2:], tiny, {}, MAPS, 0, WIDTH, 2, np.random.default_rng(0)) is None
+    assert draw_prompts(STRUCTURES[:0], tiny[:0], {}, MAPS, 0, WIDTH, 2, np.random.default_rng(0)) is None
 
 
 def test_a_right_mask_costs_nothing_and_a_wrong_one_a_lot() -> None:

@@ -40,7 +40,10 @@ def check(scene: Scene) -> None:
     assert dict(scene.facts.visible) == shown
     assert set(scene.facts.absent) == set(range(len(STRUCTURES))) - set(shown)
     assert len(set(scene.index.tolist())) == PROPOSALS
-    assert (np.diff(scene.presence) <= 0).all()
+    shown_bins = scene.bins[: len(shown)]
+    areas = (shown_bins[:, 2] - shown_bins[:, 0]) * (shown_bins[:, 3] - shown_bins[:, 1])
+    assert (np.diff(areas) <= 0).all()  # what is visible, largest first
+    assert (np.diff(scene.presence[len(shown) :]) <= 0).all()
     assert ((scene.bins >= 0) & (scene.bins <= 999)).all()
     assert (scene.bins[:, :2] < scene.bins[:, 2:]).all()
 
