@@ -94,8 +94,8 @@ class BoxGrammar:
     - After `<box>` exactly four coordinates x0, y0, x1, y1 with x0 < x1 and y0 < y1, then `</box>`.
     - Coordinates nowhere else.
     - `<seg>` only right after `</box>`; the end of the answer only outside of tags.
-    - With `boxes` (tokens of a name -> the boxes that stand for it): after a name known there, only those boxes; a name
-      without boxes, or named before, is refused.
+    - Made by `knowing` (tokens of a name -> the boxes that stand for it): after a name known there, only those boxes;
+      a name without boxes, or named before, is refused.
 
     >>> tokens = BoxTokens(box=0, box_end=1, ref=2, ref_end=3, seg=4, eos=5, first_coordinate=6, bins=10)
     >>> grammar = BoxGrammar(tokens, vocabulary=20)
@@ -106,14 +106,9 @@ class BoxGrammar:
     (BoxState(place=<Place.X1: 6>, x0=3, y0=7), [10, 11, 12, 13, 14, 15])
     """
 
-    def __init__(
-        self,
-        tokens: BoxTokens,
-        vocabulary: int,
-        boxes: Mapping[tuple[int, ...], tuple[tuple[int, int, int, int], ...]] | None = None,
-    ) -> None:
+    def __init__(self, tokens: BoxTokens, vocabulary: int) -> None:
         t = tokens
-        self._boxes = dict(boxes or {})
+        self._boxes: dict[tuple[int, ...], tuple[tuple[int, int, int, int], ...]] = {}
         special = (t.box, t.box_end, t.ref, t.ref_end, t.seg, t.eos, *t.never)
         last_coordinate = t.first_coordinate + t.bins - 1
         if t.bins < 2 or not all(0 <= i < vocabulary for i in (*special, t.first_coordinate, last_coordinate)):

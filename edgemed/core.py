@@ -179,15 +179,6 @@ class Prompt:
             raise InvalidInput("the prompt is empty; pass --prompt with a question or an instruction")
 
 
-def language_of(text: str) -> Language:
-    """Return "zh" if `text` holds a CJK ideograph, else "en".
-
-    >>> language_of("肝脏在哪里?"), language_of("Where is the liver?")
-    ('zh', 'en')
-    """
-    return "zh" if any("\u4e00" <= c <= "\u9fff" or "\u3400" <= c <= "\u4dbf" for c in text) else "en"
-
-
 @dataclass(frozen=True)
 class Provenance:
     """What made an answer: bundle, back end and device really used, precision by graph role, counts, timings in ms."""

@@ -38,6 +38,7 @@ LAYERS = {
     "files": 0,
     "graphs": 0,
     "geometry": 0,
+    "language": 0,
     "errors": 0,
 }
 
@@ -62,6 +63,7 @@ OUTSIDE = {
     "files": set[str](),
     "graphs": {"numpy"},
     "geometry": {"numpy"},
+    "language": set[str](),
     "errors": set[str](),
 }
 """Part -> the libraries its files may import. Build halves of families (`*_torch`) may import torch, too."""

@@ -194,12 +194,14 @@ def _open_in_background(request: Request) -> Future[Session]:
 def _prompts(request: Request, scan: Scan, reader: Reader) -> list[Prompt]:
     """Return the questions with the regions they are about, checked against the scan."""
     from edgemed.cli.regions import read_region
-    from edgemed.core import Prompt, language_of
+    from edgemed.core import Prompt
+    from edgemed.language import answer_language
 
     regions: tuple[PromptRegion, ...] = tuple(read_region(text, scan, reader.read) for text in request.regions)
     chosen: dict[str, Language] = {"en": "en", "zh": "zh"}
     return [
-        Prompt(text, regions, chosen.get(request.lang) or language_of(text), request.frame) for text in request.prompts
+        Prompt(text, regions, chosen.get(request.lang) or answer_language(text), request.frame)
+        for text in request.prompts
     ]
 
 

@@ -18,17 +18,17 @@ no merge can reach, and this module alone puts their ids into a sequence.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemed.core import Language, language_of
+from edgemed.core import Language
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families.native_lexicon import STRUCTURES, structure_of
 from edgemed.geometry import BINS
+from edgemed.language import folded_text, language_of, request_in
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,7 +40,6 @@ __all__ = [
     "Piece",
     "Place",
     "SpecialIds",
-    "answer_language",
     "normal_form",
     "parse",
     "plain",
@@ -70,14 +69,6 @@ SUFFIX: dict[Language, str] = {"en": " answer in english.", "zh": "请用中文�
 """What `encode_prompt` appends where the prompt's own words do not settle the language of the answer."""
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
-_REQUESTS: tuple[tuple[Language, str], ...] = (
-    ("zh", r"(?:please )?(?:answer|reply|respond|write|say it)(?: me)? in (?:simplified )?chinese(?: please)?[.!,;]?"),
-    ("en", r"(?:please )?(?:answer|reply|respond|write|say it)(?: me)? in english(?: please)?[.!,;]?"),
-    ("zh", r"[,，]?(?:请)?(?:用|以)?(?:中文|汉语)(?:来)?(?:回答|回复|作答|答复)[。.!,]?"),
-    ("en", r"[,，]?(?:请)?(?:用|以)?(?:英文|英语)(?:来)?(?:回答|回复|作答|答复)[。.!,]?"),
-    ("zh", r"[,;]? ?in chinese(?: please)?[.!?]?$"),
-    ("en", r"[,;]? ?in english(?: please)?[.!?]?$"),
-)
 _ABBREVIATIONS = frozenset({"ct", "mr", "mri", "x", "ivc", "b", "dr", "us"})
 """Latin words that are at home in a Chinese sentence."""
 
@@ -132,38 +123,14 @@ def tag(name: str, bins: Bins, *, seg: bool = True) -> str:
     return f"<ref>{name}</ref><box>{''.join(f'<c{b}>' for b in bins)}</box>{'<seg>' if seg else ''}"
 
 
-def answer_language(text: str) -> Language:
-    """Return the language an answer to `text` is due in: the one it asks for, else the one it is written in.
-
-    >>> answer_language("Where is the liver? Answer in Chinese."), answer_language("肝脏在哪里?")
-    ('zh', 'zh')
-    """
-    return _requested(_fold(text))[0] or language_of(text)
-
-
 def normal_form(text: str) -> str:
     """Return `text` as the model reads it: NFKC, lower case, no control characters, single spaces, none beside Han.
 
     >>> normal_form("  Where is the LIVER ？ "), normal_form("请 分割 CT 图像中的肝脏")
     ('where is the liver?', '请分割ct图像中的肝脏')
     """
-    folded = re.sub(rf"(?<=[{_HAN}，。、]) | (?=[{_HAN}，。、])", "", _fold(text))
+    folded = re.sub(rf"(?<=[{_HAN}，。、]) | (?=[{_HAN}，。、])", "", folded_text(text))
     return re.sub(r" (?=[?!.,;:])", "", folded)
-
-
-def _fold(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
-    text = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
-    return re.sub(r" +", " ", text).strip()
-
-
-def _requested(folded: str) -> tuple[Language | None, str]:
-    """Return the language that folded text explicitly asks for, or None, and the text without that request."""
-    for language, pattern in _REQUESTS:
-        rest, count = re.subn(pattern, "", folded)
-        if count and rest.strip(" ,.;"):
-            return language, rest.strip()
-    return None, folded
 
 
 def _settled_language(normal: str) -> Language | None:
@@ -288,7 +255,7 @@ class NativeText:
         ]
         pieces = re.split(r"<region>", _PLACEHOLDER.sub(lambda m: "" if m[1].lower() == "image" else "<region>", text))
         joined = "\ufffc".join(piece.replace("\ufffc", "") for piece in pieces)
-        requested, joined = _requested(_fold(joined))
+        requested, joined = request_in(folded_text(joined))
         language = requested or language
         normal = normal_form(joined)
         parts = normal.split("\ufffc")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemed.core import Prompt, PromptRegion, Region, Scan, Window, language_of
+from edgemed.core import Prompt, PromptRegion, Region, Scan, Window
 from edgemed.errors import InvalidInput
 
 GREY = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -87,10 +87,3 @@ def test_a_prompt_has_words() -> None:
     assert Prompt("Where?").language == "en"
     with pytest.raises(InvalidInput, match="prompt is empty"):
         Prompt(" \n")
-
-
-@pytest.mark.parametrize(
-    ("text", "language"), [("CT 上的肝脏", "zh"), ("Où est le foie?", "en"), ("", "en"), ("㐀", "zh")]
-)
-def test_one_han_character_makes_a_text_chinese(text: str, language: str) -> None:
-    assert language_of(text) == language

@@ -17,7 +17,6 @@ from edgemed.families.native_text import (
     SUFFIX,
     NativeText,
     Place,
-    answer_language,
     normal_form,
     parse,
     plain,
@@ -178,13 +177,6 @@ def test_the_suffix_settles_the_language(
     said = words(text, text.encode_prompt(prompt, image_rows=0, language=language))
     assert [lang for lang, s in SUFFIX.items() if said.endswith(s)] == ([suffix] if suffix else [])
     assert said.count("answer in") + said.count("回答") == bool(suffix)
-
-
-def test_a_request_in_the_text_decides_the_language() -> None:
-    assert answer_language("Where is the liver? Please answer in Chinese.") == "zh"
-    assert answer_language("肝脏在哪里，用英语回答") == "en"
-    assert answer_language("肝脏在哪里") == "zh"
-    assert answer_language("Find the liver") == "en"
 
 
 def test_frame_tokens_and_rows_decode_to_nothing(text: NativeText) -> None:

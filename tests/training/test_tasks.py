@@ -6,9 +6,10 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from edgemed.core import Language, language_of
+from edgemed.core import Language
 from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES, structure_of
 from edgemed.families.native_text import Bins, Place, normal_form, parse, plain
+from edgemed.language import language_of
 from edgemed.training.tasks import (
     DESCRIBE_LENGTH,
     LIST_LENGTH,
