@@ -82,10 +82,13 @@ def make_sample(piece: LabelledSlice, rng: np.random.Generator, change: bool) ->
 
 
 def _inside_sector(piece: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:
-    """Return, two times in three, a rectangle from the lit part of the frame, often grey, as other probes look."""
+    """Return, two times in three, a rectangle from the lit part of the frame, often grey, as other probes look.
+
+    A frame with boxes stays whole: they might be cut.
+    """
     lit = piece.image.max(axis=2) > 24
     ys, xs = np.flatnonzero(lit.mean(1) > 0.1), np.flatnonzero(lit.mean(0) > 0.1)
-    if rng.random() < 1 / 3 or ys.size < 64 or xs.size < 64:
+    if rng.random() < 1 / 3 or ys.size < 64 or xs.size < 64 or piece.boxes:
         return piece
     tall, wide = (int(n * rng.uniform(0.3, 0.75)) for n in (ys.size, xs.size))
     top = ys[0] + int(rng.uniform(0.1, 0.9) * (ys.size - tall))

@@ -160,7 +160,7 @@ def _warp_box(box: Box, shape: tuple[int, ...], grid: npt.NDArray[Any]) -> Box |
 
 def add_surroundings(piece: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:
     """Return the CT slice with arms beside the body and a table under it, each at random; the canvas grows for them."""
-    image, labels = piece.image, piece.labels
+    image, labels, boxes = piece.image, piece.labels, piece.boxes
     rows, columns = image.shape
     body = image > -300
     if body.sum() < 100:
@@ -169,6 +169,7 @@ def add_surroundings(piece: LabelledSlice, rng: np.random.Generator) -> Labelled
         room = int(columns * 0.16)
         image = np.pad(image, ((0, 0), (room, room)), constant_values=float(image.min()))
         labels = np.pad(labels, ((0, 0), (room, room)))
+        boxes = tuple((s, (b[0] + room, b[1], b[2] + room, b[3])) for s, b in boxes)
         xs_body = np.flatnonzero(body.any(0))
         yy, xx = np.mgrid[0:rows, 0 : columns + 2 * room]
         for side in (-1, 1):
@@ -186,7 +187,7 @@ def add_surroundings(piece: LabelledSlice, rng: np.random.Generator) -> Labelled
         row = min(ys_body[-1] + int(rng.uniform(1, 4)), rows - 1)
         image = image.copy()
         image[row : row + max(1, rows // 60), columns // 8 : -columns // 8] = rng.uniform(-300, 150)
-    return replace(piece, image=image.astype(np.float32), labels=labels)
+    return replace(piece, image=image.astype(np.float32), labels=labels, boxes=boxes)
 
 
 def roughen(image: Image, rng: np.random.Generator, strength: float) -> Image:

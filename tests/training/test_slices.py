@@ -99,11 +99,13 @@ def test_a_painted_slice_keeps_air_and_gives_organs_new_values(phantom: Labelled
 
 def test_surroundings_are_never_labelled_and_never_cover_the_body(phantom: LabelledSlice) -> None:
     grown = 0
+    phantom = replace(phantom, boxes=((3, (10.0, 20.0, 30.0, 40.0)),))
     for seed in range(20):
         piece = add_surroundings(phantom, np.random.default_rng(seed))
         assert piece.image.shape == piece.labels.shape
         room = (piece.labels.shape[1] - phantom.labels.shape[1]) // 2
         grown += room > 0
+        assert piece.boxes == ((3, (10.0 + room, 20.0, 30.0 + room, 40.0)),)
         inner = slice(room, room + phantom.labels.shape[1])
         assert np.array_equal(piece.labels[:, inner], phantom.labels)
         assert piece.labels.sum() == phantom.labels.sum()
