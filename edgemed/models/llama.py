@@ -1,13 +1,17 @@
-"""The language model of the native family: a llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU).
+"""The language model of every family: a llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU).
 
-Covers the network that is trained; `edgemed.export.decoder_graph` writes the same arithmetic as an ONNX graph. Does not
-cover the KV cache (the graph has it), the tokenizer or the loss. One coordinate bin is one token: the 4 sides of a box
-are 4 tokens from `first_coordinate` on, and an auxiliary head guesses all 4 at once from the hidden state at `<box>`.
+Covers the network in torch; `edgemed.export.decoder_graph` writes the same arithmetic as an ONNX graph. Does not
+cover the KV cache (the graph has it), the tokenizer or the loss.
+
+In the native family one coordinate bin is one token: the 4 sides of a box are 4 tokens from `first_coordinate` on, and
+an auxiliary head guesses all 4 at once from the hidden state at `<box>`. The published families have neither (`bins` is
+0); a mixture of experts overrides a block's MLP.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +26,13 @@ _INIT_STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Sizes of the decoder. `bins` coordinate tokens start at id `first_coordinate`; `inner` is the SwiGLU width."""
+    """Sizes of the decoder. `inner` is the SwiGLU width.
+
+    `bins` coordinate tokens start at id `first_coordinate`; with 0 bins there is no coordinate and no box draft.
+    """
 
     vocabulary: int
-    first_coordinate: int
+    first_coordinate: int = 0
     width: int = 384
     layers: int = 6
     heads: int = 6
@@ -82,7 +89,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + swiglu(norm(x)). Query, key, value: one matrix; gate, up: one."""
+    """One layer: x + attention(norm(x)), then x + swiglu(norm(x)). Query, key, value: one matrix; gate, up: one.
+
+    A subclass with another MLP overrides `_add_mlp` (its submodules) and `_mlp` (its arithmetic).
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -92,14 +102,21 @@ class Block(nn.Module):
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=False)
         self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
         self.mlp_norm = RMSNorm(c.width, c.norm_eps)
+        self._add_mlp()
+
+    def _add_mlp(self) -> None:
+        c = self.config
         self.gate_up = nn.Linear(c.width, 2 * c.inner, bias=False)
         self.down = nn.Linear(c.inner, c.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Return x [batch, tokens, width] after this layer."""
         x = x + self._attend(self.attention_norm(x), cos, sin, mask)
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # [batch, tokens, inner] each
-        result: Tensor = x + self.down(F.silu(gate) * up)
+        return x + self._mlp(self.mlp_norm(x))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [batch, tokens, inner] each
+        result: Tensor = self.down(F.silu(gate) * up)
         return result
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,16 +150,19 @@ class BoxDraft(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. `forward` maps embeddings to hidden states; `embed` and `logits` are its two ends over token ids."""
+    """The decoder. `forward` maps embeddings to hidden states; `embed` and `logits` are its two ends over token ids.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    block: what makes one layer from the config: `Block`, or a subclass of it.
+    """
+
+    def __init__(self, config: LlamaConfig, block: Callable[[LlamaConfig], Block] = Block) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
-        self.box_draft = BoxDraft(config)
+        self.box_draft = BoxDraft(config) if config.bins else None
         self._initialise()
 
     def forward(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -175,12 +195,28 @@ class Llama(nn.Module):
         rows: Tensor = self.embedding(ids)
         return rows
 
+    def embed_mixed(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """Return embeddings [*ids.shape, width]: id vocabulary + i is row i of `rows`, as in the decoder graph.
+
+        rows: [any number, width], image rows and region rows in the order the ids count them.
+        """
+        first = self.config.vocabulary
+        mixed = self.embed(ids.clamp(max=first - 1))
+        from_rows = ids >= first
+        mixed[from_rows] = rows[ids[from_rows] - first].to(mixed.dtype)
+        return mixed
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., vocabulary] of hidden states after the final norm."""
         return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
 
     def box_draft_logits(self, hidden: Tensor) -> Tensor:
-        """Return [..., 4, bins]: for each side of a box a logit per bin, from hidden states where `<box>` went in."""
+        """Return [..., 4, bins]: for each side of a box a logit per bin, from hidden states where `<box>` went in.
+
+        Raises ValueError where the decoder has no coordinates.
+        """
+        if self.box_draft is None:
+            raise ValueError("this decoder has 0 bins: there is no box draft")
         guess: Tensor = self.box_draft(hidden)
         return guess
 
@@ -194,7 +230,7 @@ class Llama(nn.Module):
             if name.endswith(("out.weight", "down.weight")):
                 p.mul_((2 * c.layers) ** -0.5)
         for table in (self.embedding, self.head):
-            if table is not None:
+            if table is not None and c.bins:
                 rows = slice(c.first_coordinate, c.first_coordinate + c.bins)
                 features = coordinate_features(c.bins, c.width)
                 # A random turn spreads the features over all channels; it keeps the distances between bins.
