@@ -6,7 +6,7 @@ wanted. A grammar is asked before each token (`allowed`) and told after it (`adv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -68,6 +68,7 @@ class Place(IntEnum):
     Y1 = 7
     FULL = 8  # four coordinates are there
     BOXED = 9  # just after </box>
+    START = 10  # nothing is there yet; else as TEXT
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class BoxGrammar:
     - Coordinates nowhere else.
     - `<seg>` only right after `</box>`; the end of the answer only outside of tags.
     - Made by `knowing` (tokens of a name -> the boxes that stand for it): after a name known there, only those boxes;
-      a name without boxes, or named before, is refused.
+      a name without boxes, or named before, is refused. Tokens of `never_first` do not begin an answer.
 
     >>> tokens = BoxTokens(box=0, box_end=1, ref=2, ref_end=3, seg=4, eos=5, first_coordinate=6, bins=10)
     >>> grammar = BoxGrammar(tokens, vocabulary=20)
@@ -109,6 +110,7 @@ class BoxGrammar:
     def __init__(self, tokens: BoxTokens, vocabulary: int) -> None:
         t = tokens
         self._boxes: dict[tuple[int, ...], tuple[tuple[int, int, int, int], ...]] = {}
+        self._start: Allowed | None = None
         special = (t.box, t.box_end, t.ref, t.ref_end, t.seg, t.eos, *t.never)
         last_coordinate = t.first_coordinate + t.bins - 1
         if t.bins < 2 or not all(0 <= i < vocabulary for i in (*special, t.first_coordinate, last_coordinate)):
@@ -129,18 +131,27 @@ class BoxGrammar:
         if not text.any():
             raise InvalidInput(f"a vocabulary of {vocabulary} has no text token beside tags and coordinates")
 
-    def knowing(self, boxes: Mapping[tuple[int, ...], tuple[tuple[int, int, int, int], ...]]) -> BoxGrammar:
+    def knowing(
+        self,
+        boxes: Mapping[tuple[int, ...], tuple[tuple[int, int, int, int], ...]],
+        never_first: Collection[int] = (),
+    ) -> BoxGrammar:
         """Return this grammar with boxes by name; a name with no boxes stands for what is not in the image."""
         grounded = copy(self)
         grounded._boxes = dict(boxes)
+        grounded._start = self._masks[Place.TEXT].copy()
+        grounded._start[list(never_first)] = False
+        grounded._start.flags.writeable = False
         return grounded
 
     def start(self) -> BoxState:
         """Return the state before the first token of an answer."""
-        return BoxState()
+        return BoxState(Place.START)
 
     def allowed(self, state: BoxState) -> Allowed:
         """Return bool [vocabulary], read-only: which tokens may come next."""
+        if state.place == Place.START:
+            return self._masks[Place.TEXT] if self._start is None else self._start
         if state.place in self._masks:
             return self._masks[state.place]
         mask = np.zeros(self.vocabulary, np.bool_)
@@ -195,7 +206,7 @@ class BoxGrammar:
                 return BoxState(Place.FULL)
             case Place.FULL:
                 return BoxState(Place.BOXED)
-            case _:  # TEXT, BOXED
+            case _:  # START, TEXT, BOXED
                 return BoxState(Place.NAME_START if token == t.ref else Place.TEXT)
 
     def _bin_range(self, state: BoxState) -> tuple[int, int]:

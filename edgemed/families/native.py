@@ -20,7 +20,7 @@ from edgemed.bundle import Bundle
 from edgemed.core import Box, Language, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families import Prepared, Question, Reading, Written
-from edgemed.families.native_lexicon import STRUCTURES, structure_of
+from edgemed.families.native_lexicon import STRUCTURES, structure_of, structures_in
 from edgemed.families.native_masks import prompt_of_answer, prompt_of_region, stacked
 from edgemed.families.native_regions import (
     check_region,
@@ -150,7 +150,9 @@ class Native:
         ids = self._text.encode_prompt(prompt.text, image_rows=len(rows), region_bins=bins, language=prompt.language)
         if bins:
             rows = np.concatenate([rows, projected["region_tokens"]])  # [tokens + regions, width]
-        grammar: Grammar[Any] = self._grammar.knowing(self._boxes(projected, bins)) if constrained else self._free
+        grammar: Grammar[Any] = self._free
+        if constrained:
+            grammar = self._grammar.knowing(self._boxes(projected, bins), self._contradicted(prompt, projected))
         return Question(ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}))
 
     def _boxes(self, projected: Feeds, regions: Sequence[Bins]) -> dict[tuple[int, ...], tuple[Bins, ...]]:
@@ -165,6 +167,18 @@ class Native:
             for name in names:
                 places[name] = (*found, *regions)
         return places
+
+    def _contradicted(self, prompt: Prompt, projected: Feeds) -> tuple[int, ...]:
+        """Return the yes or the no of both languages where every structure the question names speaks against it.
+
+        Of what is not there the language model wrote "Yes, the brain is not visible"; which of the two it must be is
+        known before it writes. With a region the question is about that.
+        """
+        named = [s for s in structures_in(prompt.text) if s < len(projected["presence"])]
+        seen = [s for s in named if projected["presence"][s] >= _VISIBLE]
+        if not named or prompt.regions or 0 < len(seen) < len(named):
+            return ()
+        return tuple(self._text.encode_answer(word)[0] for word in (("No", "否") if seen else ("Yes", "是")))
 
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
         """Return the mask prompts of every `<seg>` with a place: its box, its hidden state, the user's own region."""

@@ -7,6 +7,7 @@ no index.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -321,3 +322,27 @@ UNKNOWN_NAMES: tuple[Term, ...] = (
     Term("amniotic_fluid", ("amniotic fluid",), ("羊水",)),
 )
 """Names a user may ask for that are not among STRUCTURES. The model learns to say so; the order means nothing."""
+
+
+def _spelling(name: str) -> str:
+    """Return the pattern of a name in running text: a Latin one as a word of its own, singular or plural."""
+    return rf"\b{re.escape(name.lower())}s?\b" if name.isascii() else re.escape(name)
+
+
+_MEANING: dict[str, tuple[int, ...]] = {
+    **{name.lower(): () for term in UNKNOWN_NAMES for name in (*term.en, *term.zh)},
+    **{name.lower(): group.members for group in GROUPS for name in (*group.en, *group.zh)},
+    **{name: (index,) for name, index in _BY_NAME.items()},
+}
+_ANY_NAME = re.compile("|".join(f"({_spelling(name)})" for name in sorted(_MEANING, key=len, reverse=True)))
+_MEANINGS = tuple(_MEANING[name] for name in sorted(_MEANING, key=len, reverse=True))
+
+
+def structures_in(text: str) -> frozenset[int]:
+    """Return the structures that a text names, in either language, the members of a pair for its common name.
+
+    >>> sorted(structures_in("Are the Kidneys or a liver cyst visible?")), structures_in("肝脏和脾在哪里？") == {0, 1}
+    ([9, 10], True)
+    """
+    found = _ANY_NAME.finditer(text.lower())
+    return frozenset(i for match in found if match.lastindex for i in _MEANINGS[match.lastindex - 1])

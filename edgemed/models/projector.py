@@ -48,12 +48,17 @@ def box_bins(boxes: Tensor, bins: int) -> Tensor:
 
 
 def in_order(presence: Tensor, bins: Tensor) -> Tensor:
-    """Return what proposals are ordered by, highest first: the box's area where likelier than not, else presence.
+    """Return int64 [..., proposals], what proposals are ordered by, highest first, given likeliest first.
 
-    A list by size is then the rows as they come; sorting by areas that only coordinates tell was not learned.
+    What is likelier than not comes first, largest box first; the rest stays. A list by size is then the rows as they
+    come; sorting by areas that only coordinates tell was not learned. Whole numbers, all different: a tie would be
+    broken one way by torch and another by the graph.
     """
-    side = (bins[..., 2:] - bins[..., :2]).to(presence.dtype)
-    return torch.where(presence >= 0.5, 1 + side[..., 0] * side[..., 1], presence)
+    proposals = presence.shape[-1]
+    side = bins[..., 2:] - bins[..., :2]
+    size = (1 + side[..., 0] * side[..., 1]) * proposals
+    rank = torch.arange(proposals - 1, -1, -1, device=bins.device)
+    return torch.where(presence >= 0.5, size, torch.zeros_like(size)) + rank
 
 
 def pool_pictures(features: Tensor) -> Tensor:
@@ -74,6 +79,12 @@ def pool_regions(features: Tensor, maps: Tensor, region_maps: Tensor) -> Tensor:
     mean = weights @ grid.T  # [regions, 2]
     spread = (weights @ (grid * grid).T - mean * mean).clamp_min(0).sqrt()
     return torch.cat([weights @ seen.T, mean, spread * 4], dim=1)
+
+
+def _decided(probabilities: Tensor) -> Tensor:
+    """Return probabilities [batch, kinds] nearer to a decision: of a mixture the language model may read the lesser."""
+    powers = probabilities**4
+    return powers / powers.sum(-1, keepdim=True)
 
 
 class Projector(nn.Module):
@@ -128,8 +139,8 @@ class Projector(nn.Module):
     ) -> Tensor:
         """Return image rows [batch, 186, width]. modality, body_part: probabilities; coordinates [bins, width]."""
         batch = pooled.shape[0]
-        kind = (modality @ self.modality)[:, None]
-        part = (body_part @ self.body_part)[:, None]
+        kind = (_decided(modality) @ self.modality)[:, None]
+        part = (_decided(body_part) @ self.body_part)[:, None]
         grid = self.picture(pooled) + self.grid
         likely = (proposals.presence >= 0.5).to(pooled.dtype)
         sure = proposals.presence[..., None] * self.certainty[0] + likely[..., None] * self.certainty[1]

@@ -202,8 +202,9 @@ def nudged(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def _ordered(scene: Scene) -> Scene:
     """Return the scene with its proposals in the projector's order."""
-    key = in_order(torch.from_numpy(scene.presence), torch.from_numpy(scene.bins))
-    order = key.argsort(descending=True).numpy()
+    likeliest = torch.from_numpy(scene.presence).argsort(descending=True, stable=True)
+    key = in_order(torch.from_numpy(scene.presence)[likeliest], torch.from_numpy(scene.bins)[likeliest])
+    order = likeliest[key.argsort(descending=True)].numpy()
     return replace(scene, index=scene.index[order], presence=scene.presence[order], bins=scene.bins[order])
 
 

@@ -181,3 +181,12 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
 def test_the_free_grammar_allows_everything() -> None:
     free = FreeGrammar(VOCABULARY)
     assert free.allowed(free.advance(free.start(), PAD)).all()
+
+
+def test_what_may_not_come_first_may_come_later() -> None:
+    grammar = GRAMMAR.knowing({}, never_first=(20, 21))
+    start = grammar.start()
+    assert not grammar.allowed(start)[[20, 21]].any()
+    assert grammar.allowed(start)[22]
+    assert grammar.allowed(grammar.advance(start, 22))[[20, 21]].all()
+    assert GRAMMAR.allowed(GRAMMAR.start())[[20, 21]].all()

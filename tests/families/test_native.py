@@ -205,6 +205,31 @@ def test_structure_that_is_not_proposed_is_refused_unless_a_region_was_drawn(
     assert not refuses(Prompt("this", (PromptRegion("point", point=(250, 200)),)), 0.49)
 
 
+@pytest.mark.parametrize(
+    ("question", "refused"),
+    [
+        ("Is the liver visible?", "No否"),
+        ("Are the liver and the spleen visible?", ""),
+        ("Is the spleen visible?", "Yes是"),
+        ("能看到脾脏吗？", "Yes是"),
+        ("Which modality is this?", ""),
+    ],
+)
+def test_an_answer_does_not_begin_against_what_is_seen(
+    family: Family, text: NativeText, question: str, refused: str
+) -> None:
+    seen = projected()
+    seen["presence"][structure_of("spleen")] = 0.49
+    words = {word: text.encode_answer(word)[0] for word in ("Yes", "No", "是", "否")}
+    prompt = Prompt(question)
+    grammar = family.ask(prompt, ask(family, prompt), seen).grammar
+    allowed = grammar.allowed(grammar.start())
+    assert "".join(word for word, token in words.items() if not allowed[token]) == refused
+    pointed = Prompt(question, (PromptRegion("point", point=(250, 200)),))
+    grammar = family.ask(pointed, ask(family, pointed), seen).grammar
+    assert grammar.allowed(grammar.start())[list(words.values())].all()
+
+
 def test_every_seg_becomes_a_mask_prompt_in_batches_of_the_graph(family: Family, text: NativeText) -> None:
     prompt = Prompt("segment")
     answer = written(text, TWO + " and <ref>aorta</ref><box><c1><c2><c3><c4></box><seg>")
