@@ -7,6 +7,7 @@ Vision encoder, projector and mask decoder are exported by torch; the decoder is
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -83,6 +84,7 @@ def export_module(module: nn.Module, spec: GraphSpec) -> onnx.ModelProto:
     inputs = tuple(_sample(t, sizes) for t in spec.inputs)
     dims = {name: torch.export.Dim(name, min=r.min, max=r.max) for name, r in spec.dims.items()}
     dynamic = tuple({i: dims[d] for i, d in enumerate(t.shape) if isinstance(d, str)} or None for t in spec.inputs)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells at length that torchvision is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(

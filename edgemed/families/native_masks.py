@@ -84,7 +84,7 @@ def map_prompt(probabilities: Vector) -> Vector:
 def _interpolation() -> npt.NDArray[np.float64]:
     """Return [SIDE, GRID]: how much of each cell's value a model pixel takes along one axis."""
     at = np.clip((np.arange(SIDE) + 0.5) * GRID / SIDE - 0.5, 0, GRID - 1)
-    return np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(GRID)))
+    return np.asarray(np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(GRID))), np.float64)
 
 
 _WEIGHTS = _interpolation()

@@ -297,15 +297,18 @@ class PromptEncoder(nn.Module):
         labels: int64 [prompts, points], 1 inside, 0 outside, -1 not a point (its place is ignored).
         """
         place = self.pe_layer((points + 0.5) / self.config.side)  # pixel centres
-        outside, inside = self.point_embeddings[0].weight, self.point_embeddings[1].weight
-        kind = torch.cat((self.not_a_point_embed.weight, outside, inside))[labels + 1]
+        kind = torch.cat((self.not_a_point_embed.weight, self._kinds()[:2]))[labels + 1]
         return torch.where((labels < 0)[..., None], 0.0, place).to(kind.dtype) + kind
 
     def boxes(self, boxes: Tensor) -> Tensor:
         """Return [prompts, 2, width] of boxes (x0, y0, x1, y1) [prompts, 4]."""
         place = self.pe_layer((boxes.view(-1, CORNERS, 2) + 0.5) / self.config.side)
-        kind = torch.cat((self.point_embeddings[2].weight, self.point_embeddings[3].weight))
+        kind = self._kinds()[2:]
         return place.to(kind.dtype) + kind
+
+    def _kinds(self) -> Tensor:
+        """Return [4, width]: the vectors of an outside point, an inside point, and the two corners of a box."""
+        return torch.cat([kind.weight for kind in self.point_embeddings if isinstance(kind, nn.Embedding)])
 
     def native(self, points: Tensor | None = None, labels: Tensor | None = None, boxes: Tensor | None = None) -> Tensor:
         """Return the sparse tokens of points, a box, both or neither, as SAM orders and pads them.
