@@ -21,7 +21,7 @@ from edgemed.errors import BackendUnavailable, BundleError, EdgemedError, OutOfM
 SCHEMA = "edgemed.doctor/1"
 AGAIN = "install edgemed again"
 
-MEMORY_MIB = 1200
+MEMORY_MIB = 700
 """Peak memory of `edgemed infer` with the embedded bundle, rounded up (README, section Speed)."""
 
 MATMUL_ONNX = bytes.fromhex(
