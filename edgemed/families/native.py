@@ -33,6 +33,7 @@ from edgemed.families.native_text import NativeText, Place, parse, plain
 from edgemed.families.native_view import SIDE, model_image, model_view
 from edgemed.geometry import View, bins_to_box, box_of, box_to_bins, fit
 from edgemed.graphs import Feeds, GraphSpec
+from edgemed.language import folded_text, request_in
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -109,7 +110,10 @@ class Native:
                 f"the decoder has {logits.shape[-1]} logits, the tokenizer {self._text.vocabulary} tokens"
             )
         self._ids = self._text.tokens()
-        self._grammar = BoxGrammar(_box_tokens(self._text), self._text.vocabulary)
+        self._grammars: Mapping[Language, BoxGrammar] = {
+            "en": BoxGrammar(_box_tokens(self._text, self._text.beyond_ascii()), self._text.vocabulary),
+            "zh": BoxGrammar(_box_tokens(self._text), self._text.vocabulary),
+        }
         self._free = FreeGrammar(self._text.vocabulary)
         self._names = [
             tuple(self._text.encode_name(name) for name in (term.en[0], term.zh[0])) for term in STRUCTURES[:structures]
@@ -152,7 +156,9 @@ class Native:
             rows = np.concatenate([rows, projected["region_tokens"]])  # [tokens + regions, width]
         grammar: Grammar[Any] = self._free
         if constrained:
-            grammar = self._grammar.knowing(self._boxes(projected, bins), self._contradicted(prompt, projected))
+            language = request_in(folded_text(prompt.text))[0] or prompt.language
+            known = self._boxes(projected, bins)
+            grammar = self._grammars[language].knowing(known, self._contradicted(prompt, projected))
         return Question(ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}))
 
     def _boxes(self, projected: Feeds, regions: Sequence[Bins]) -> dict[tuple[int, ...], tuple[Bins, ...]]:
@@ -291,7 +297,7 @@ def _named(spec: GraphSpec) -> str:
     return f"inputs {inputs}; outputs {outputs}"
 
 
-def _box_tokens(text: NativeText) -> BoxTokens:
+def _box_tokens(text: NativeText, barred: tuple[int, ...] = ()) -> BoxTokens:
     t = text.tokens()
     return BoxTokens(
         box=t.box,
@@ -302,7 +308,7 @@ def _box_tokens(text: NativeText) -> BoxTokens:
         eos=t.eos,
         first_coordinate=t.first_coordinate,
         bins=t.bins,
-        never=t.never,
+        never=(*t.never, *barred),
     )
 
 

@@ -291,6 +291,11 @@ class NativeText:
             inside = match[0] == "<ref>"
         return [*sequence, *self._encode(tagged[at:]), self.tokens().eos]
 
+    def beyond_ascii(self) -> tuple[int, ...]:
+        """Return the ids of the tokens that write other than ASCII: an answer in English has none of them."""
+        ids = range(len(SPECIAL_TOKENS), self.vocabulary)
+        return tuple(i for i in ids if not self._tokenizer.decode([i], skip_special_tokens=False).isascii())
+
     def encode_name(self, name: str) -> tuple[int, ...]:
         """Return the ids of a structure's name as they stand between <ref> and </ref> in an answer."""
         return tuple(self._encode(f" {name}" if _spaced(name[:1]) else name))

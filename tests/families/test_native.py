@@ -189,9 +189,9 @@ def test_boxes_of_one_image_do_not_stay_for_the_next(family: Family, text: Nativ
         assert choices(grammar, text, "liver") == {bins}
 
 
-@pytest.mark.parametrize("name", ["liver", "肝脏"])
+@pytest.mark.parametrize(("language", "name"), [("en", "liver"), ("zh", "肝脏")])
 def test_structure_that_is_not_proposed_is_refused_unless_a_region_was_drawn(
-    family: Family, text: NativeText, name: str
+    family: Family, text: NativeText, language: Language, name: str
 ) -> None:
     def refuses(prompt: Prompt, presence: float) -> bool:
         grammar = family.ask(prompt, ask(family, prompt), projected(presence=presence)).grammar
@@ -200,34 +200,54 @@ def test_structure_that_is_not_proposed_is_refused_unless_a_region_was_drawn(
             state = grammar.advance(state, token)
         return grammar.refuses(state)
 
-    assert refuses(Prompt("where"), 0.49)
-    assert not refuses(Prompt("where"), 0.5)
-    assert not refuses(Prompt("this", (PromptRegion("point", point=(250, 200)),)), 0.49)
+    assert refuses(Prompt("where", language=language), 0.49)
+    assert not refuses(Prompt("where", language=language), 0.5)
+    assert not refuses(Prompt("this", (PromptRegion("point", point=(250, 200)),), language), 0.49)
 
 
 @pytest.mark.parametrize(
-    ("question", "refused"),
+    ("question", "language", "allowed"),
     [
-        ("Is the liver visible?", "No否"),
-        ("Are the liver and the spleen visible?", ""),
-        ("Is the spleen visible?", "Yes是"),
-        ("能看到脾脏吗？", "Yes是"),
-        ("Which modality is this?", ""),
+        ("Is the liver visible?", "en", "Yes"),
+        ("Are the liver and the spleen visible?", "en", "YesNo"),
+        ("Is the spleen visible?", "en", "No"),
+        ("能看到肝脏吗？", "zh", "是"),
+        ("能看到脾脏吗？", "zh", "否"),
+        ("Which modality is this?", "en", "YesNo"),
     ],
 )
 def test_an_answer_does_not_begin_against_what_is_seen(
-    family: Family, text: NativeText, question: str, refused: str
+    family: Family, text: NativeText, question: str, language: Language, allowed: str
 ) -> None:
     seen = projected()
     seen["presence"][structure_of("spleen")] = 0.49
-    words = {word: text.encode_answer(word)[0] for word in ("Yes", "No", "是", "否")}
-    prompt = Prompt(question)
+    words = {word: text.encode_answer(word)[0] for word in (("Yes", "No") if language == "en" else ("是", "否"))}
+    prompt = Prompt(question, language=language)
     grammar = family.ask(prompt, ask(family, prompt), seen).grammar
-    allowed = grammar.allowed(grammar.start())
-    assert "".join(word for word, token in words.items() if not allowed[token]) == refused
-    pointed = Prompt(question, (PromptRegion("point", point=(250, 200)),))
+    may = grammar.allowed(grammar.start())
+    assert "".join(word for word, token in words.items() if may[token]) == allowed
+    pointed = Prompt(question, (PromptRegion("point", point=(250, 200)),), language)
     grammar = family.ask(pointed, ask(family, pointed), seen).grammar
     assert grammar.allowed(grammar.start())[list(words.values())].all()
+
+
+@pytest.mark.parametrize(
+    ("question", "language", "chinese"),
+    [
+        ("hello", "en", False),
+        ("hello", "zh", True),
+        ("Where is the liver? Answer in Chinese.", "en", True),
+        ("肝脏在哪里？请用英文回答。", "zh", False),
+    ],
+)
+def test_only_a_chinese_answer_holds_chinese(
+    family: Family, text: NativeText, question: str, language: Language, chinese: bool
+) -> None:
+    prompt = Prompt(question, language=language)
+    grammar = family.ask(prompt, ask(family, prompt), projected()).grammar
+    state = grammar.advance(grammar.start(), text.encode_answer("a")[0])
+    assert grammar.allowed(state)[text.encode_answer("肝")[0]] == chinese
+    assert grammar.allowed(state)[text.encode_answer("l")[0]]
 
 
 def test_every_seg_becomes_a_mask_prompt_in_batches_of_the_graph(family: Family, text: NativeText) -> None:
