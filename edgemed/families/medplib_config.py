@@ -4,7 +4,7 @@ Covers every key that changes what is computed; keys that only concern training 
 are in no config: they are read from tensor shapes. A key that is missing (or null) falls back to what was published for
 the released model and is named in `MedplibConfig.fell_back`, so that the export can say so. Nothing here needs torch.
 
-Source of the keys and the published values: REFERENCE.md B1 to B3, with part F.
+Source of the keys and the published values: github ShawnHuang497/MedPLIB at 5ab54bc and the DeepSpeed it uses.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ What the modes of compatibility mean here:
                   is the wrong place if the answer has a colon; with exactly one `<SEG>` the vector comes from the
                   second to last position
 
-Source: REFERENCE.md B1.5, B1.6, B2 and part F; tests/reference/medplib-tiny.
+Source: github ShawnHuang497/MedPLIB at 5ab54bc; tests/reference/medplib-tiny.
 """
 
 from __future__ import annotations

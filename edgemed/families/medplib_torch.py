@@ -4,7 +4,7 @@ Covers the modules, which published keys become which of ours (query, key and va
 another), that every key of the checkpoint is used or known to be derived, and that every shape is what `config.json`
 says. Does not cover reading files (`edgemed.checkpoints`), pixels, regions, text, or bringing masks back to the scan.
 
-Source of the keys: REFERENCE.md B1.5 and B3 with part F; proven against reference/medplib-tiny.
+Source of the keys: github ShawnHuang497/MedPLIB at 5ab54bc; proven against tests/reference/medplib-tiny.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edgemed.families.medplib_config import (
     read_config,
     read_tower_config,
 )
-from edgemed.families.medrega_torch import Piece, PublishedTensors
+from edgemed.families.published_torch import Piece, PublishedTensors
 from edgemed.models.clip_vit import ClipVit, ClipVitConfig
 from edgemed.models.llama import LlamaConfig
 from edgemed.models.moe import MoeLlama

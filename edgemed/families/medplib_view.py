@@ -9,7 +9,7 @@ normalisation. Post-processing has two modes. "reference" is what the published 
 computes the padding of the 64 x 64 map as if it had the size of SAM's input, so that it stretches the whole padded map
 over the frame, or takes a wrong slice of it where the aspect ratio is above 4:3. "corrected" undoes the padding.
 
-Source: REFERENCE.md B1.6, B2.4; the arrays pixel_*, region_mask*, post_* of tests/reference/medplib-tiny.
+Source: github ShawnHuang497/MedPLIB at 5ab54bc; arrays pixel_*, region_mask*, post_* in tests/reference/medplib-tiny.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Covers every key that changes what is computed; keys that only concern training 
 null) falls back to what was published for the released model and is named in `MedRegaConfig.fell_back`, so that the
 export can say so. Nothing here needs torch.
 
-Source of the keys and the published values: REFERENCE.md A1 and A3. Older revisions lack `template`, `ps_version` and
-`select_layer`; the published values then hold, not the defaults of the authors' config class.
+Source of the keys and the published values: github xmed-lab/MedRegA at dfdb0db. Older revisions lack `template`,
+`ps_version` and `select_layer`; the published values then hold, not the defaults of the authors' config class.
 """
 
 from __future__ import annotations

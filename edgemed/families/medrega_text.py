@@ -13,7 +13,7 @@ four integers 0..999 a box (left, top, right, bottom), several boxes in one list
 grounded report is a row of items: places, a colon (full-width in Chinese), and what is said about them. The published
 code decodes without the tags, so what its users see and its evaluator reads is `left kidney[[120, 300, 260, 480]]`.
 
-Source: REFERENCE.md A2 and part F; tests/reference/medrega-tiny.
+Source: github xmed-lab/MedRegA at dfdb0db; tests/reference/medrega-tiny.
 """
 
 from __future__ import annotations

@@ -4,21 +4,20 @@ Covers which published key becomes which of ours (query, key and value are one m
 every key of the checkpoint is used or known to be derived, and that every shape is what `config.json` says. Does not
 cover reading files (`edgemed.checkpoints`), pixels or text.
 
-Source of the keys: REFERENCE.md A3; proven against reference/medrega-tiny.
+Source of the keys: github xmed-lab/MedRegA at dfdb0db; proven against tests/reference/medrega-tiny.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgemed.checkpoints import Checkpoint, check_keys
 from edgemed.errors import InvalidInput
 from edgemed.families.medrega_config import LanguageConfig, MedRegaConfig, read_config
+from edgemed.families.published_torch import Piece, PublishedTensors
 from edgemed.models.intern_vit import InternViT, InternViTConfig
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.pixel_shuffle_projector import PixelShuffleProjector
@@ -64,45 +63,6 @@ class MedRegaModel(nn.Module):
         self.vision_encoder = vision_encoder
         self.projector = projector
         self.decoder = decoder
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One published tensor: its key and the shape it must have."""
-
-    key: str
-    shape: tuple[int, ...]
-
-
-class PublishedTensors(Mapping[str, Tensor]):
-    """The weights of one role under our names, each read, and fused along dim 0, when it is asked for; none is kept.
-
-    A decoder too large for the memory is exported from this mapping, without a module.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, pieces: Mapping[str, tuple[Piece, ...]]) -> None:
-        self._checkpoint = checkpoint
-        self.pieces = pieces
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return one weight in the dtype it is stored in. Raises InvalidInput if that is no floating-point dtype."""
-        parts = [self._read(piece.key) for piece in self.pieces[name]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.pieces)
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def _read(self, key: str) -> Tensor:
-        tensor = self._checkpoint.read(key)
-        if not tensor.is_floating_point():
-            raise InvalidInput(
-                f"the checkpoint's {key} is stored as {str(tensor.dtype).removeprefix('torch.')}, a floating-point "
-                "type was expected; give the checkpoint as it was before it was quantized"
-            )
-        return tensor
 
 
 def load(checkpoint: Checkpoint, compat: str = "reference", dtype: torch.dtype = torch.float32) -> MedRegaModel:

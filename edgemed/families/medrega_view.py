@@ -7,7 +7,7 @@ that the model reads and writes. Does not cover how a box is written as text (`m
 The published default squashes the frame to side x side, whatever its aspect ratio. Box numbers run over the frame, not
 over a tile: 0 is the left (top) edge, 999 the right (bottom) edge.
 
-Source: REFERENCE.md A1.2, A2.4, A2.6; the arrays pixel_* of tests/reference/medrega-tiny.
+Source: github xmed-lab/MedRegA at dfdb0db; the arrays pixel_* of tests/reference/medrega-tiny.
 """
 
 from __future__ import annotations

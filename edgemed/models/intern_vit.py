@@ -4,7 +4,7 @@ Covers the 6B variant: RMS norms before attention and MLP, query and key normed 
 split into heads, a learned scale per channel on each branch (LayerScale), no norm after the last layer. Does not cover
 the smaller InternViT with layer norms, nor drop path and dropout (they are off when the model answers).
 
-Source: REFERENCE.md A1.1; proven against reference/medrega-tiny.
+Source: github xmed-lab/MedRegA at dfdb0db, modeling_intern_vit.py; proven against tests/reference/medrega-tiny.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Covers evaluation of a top-1 mixture: no token is dropped, no noise, no load balancing. Does not cover capacity limits:
 DeepSpeed's capacity is ceil(tokens / experts * factor), so with two experts and factor 2 it never drops a token, and a
-gather per token gives the same to 7e-6 (REFERENCE.md, part F).
+gather per token gives the same to 7e-6 (tests/reference/medplib-tiny).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Neighbouring patches are folded into channels (factor 2: a quarter of the tokens, four times the width), then a norm and
 two linear layers bring them to the width of the language model.
 
-Source: REFERENCE.md A1.2; proven against reference/medrega-tiny.
+Source: github xmed-lab/MedRegA at dfdb0db, modeling_internvl_chat.py; proven against tests/reference/medrega-tiny.
 """
 
 from __future__ import annotations
