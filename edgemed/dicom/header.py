@@ -273,7 +273,7 @@ def _text(ds: Dataset, keyword: str) -> str | None:
     """Return an element's text, None where it is missing, empty or unreadable."""
     try:
         value = ds.get(keyword)
-    except (ValueError, TypeError, NotImplementedError):
+    except (ValueError, TypeError, NotImplementedError):  # what pydicom raises where the bytes do not fit the VR
         return None
     return str(value).strip().strip("\0") or None if value is not None else None
 
@@ -283,6 +283,7 @@ def _finish_tags(ds: Dataset) -> None:
     for tag in list(ds.keys()):
         try:
             ds[tag].value  # noqa: B018
+        # What pydicom's converters raise, each VR its own, on bytes that do not fit.
         except (ValueError, TypeError, NotImplementedError, OverflowError, AttributeError):
             del ds[tag]
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from edgemed.errors import CannotRead, InvalidInput
+from edgemed.families.published_config import Keys, check_family, wrong
 
 FAMILY = "medplib"
 MODEL_TYPE = "medplib_moe_llama"
@@ -33,7 +34,6 @@ _MOE = "moe."
 _HEAD_DIM = 64  # of every published CLIP tower
 
 Shapes = Mapping[str, Sequence[int]]
-T = TypeVar("T", bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,21 +113,21 @@ def read_config(
     Raises InvalidInput, naming the key, where the file is of another family, a value is of the wrong kind, sizes do not
     fit each other, or something is asked for that this version does not compute.
     """
-    _check_family(config)
-    keys = _Keys({**config, "clip": _with_shapes(tower or {}, shapes or {})})
+    check_family(config, MODEL_TYPE, _ARCHITECTURE, "MedPLIB")
+    keys = Keys({**config, "clip": _with_shapes(tower or {}, shapes or {})})
     _check_refused(keys)
     language = _language(keys)
     clip = _tower(keys)
     select = keys.get("mm_vision_select_layer", -2)
     if not -clip.layers - 1 <= select <= clip.layers:
-        raise _wrong("mm_vision_select_layer", select, f"one of -{clip.layers + 1}..{clip.layers}")
+        raise wrong("mm_vision_select_layer", select, f"one of -{clip.layers + 1}..{clip.layers}")
     width = keys.get("mm_hidden_size", clip.width)
     if width != clip.width:
-        raise _wrong("mm_hidden_size", width, f"the width of the CLIP tower, {clip.width}")
+        raise wrong("mm_hidden_size", width, f"the width of the CLIP tower, {clip.width}")
     kind = keys.get("mm_projector_type", "mlp2x_gelu")
     depth = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if depth is None:
-        raise _wrong("mm_projector_type", kind, "mlp1x_gelu to mlp9x_gelu")
+        raise wrong("mm_projector_type", kind, "mlp1x_gelu to mlp9x_gelu")
     return MedplibConfig(
         tower=clip,
         language=language,
@@ -163,7 +163,7 @@ def read_tower_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def _language(keys: _Keys) -> LanguageConfig:
+def _language(keys: Keys) -> LanguageConfig:
     width, heads = keys.positive("hidden_size", 4096), keys.positive("num_attention_heads", 32)
     layers = keys.positive("num_hidden_layers", 32)
     language = LanguageConfig(
@@ -185,11 +185,11 @@ def _language(keys: _Keys) -> LanguageConfig:
     keys.divides("num_attention_heads", heads, "hidden_size", width)
     keys.divides("num_key_value_heads", language.kv_heads, "num_attention_heads", heads)
     if language.head_dim % 2:
-        raise _wrong("num_attention_heads", heads, f"heads of an even width, hidden_size is {width}")
+        raise wrong("num_attention_heads", heads, f"heads of an even width, hidden_size is {width}")
     return language
 
 
-def _experts(keys: _Keys, layers: int) -> tuple[int, ...]:
+def _experts(keys: Keys, layers: int) -> tuple[int, ...]:
     """Return the number of experts of each layer; 1 is a dense layer."""
     if not keys.get(_MOE + "moe_enable", True):
         return (1,) * layers
@@ -200,11 +200,9 @@ def _experts(keys: _Keys, layers: int) -> tuple[int, ...]:
     if len(counts) == 1:
         counts = counts * len(places)
     if len(counts) != len(places) or min(counts, default=1) < 1:
-        raise _wrong(
-            _MOE + "num_experts", counts, f"a number above 0 for each of the {len(places)} layers with experts"
-        )
+        raise wrong(_MOE + "num_experts", counts, f"a number above 0 for each of the {len(places)} layers with experts")
     if len(set(places)) != len(places) or any(not 0 <= i < layers for i in places):
-        raise _wrong(_MOE + "moe_layers_idx", places, f"different numbers from 0 to {layers - 1}")
+        raise wrong(_MOE + "moe_layers_idx", places, f"different numbers from 0 to {layers - 1}")
     factor = keys.get(_MOE + "eval_capacity_factor", 2.0)
     if factor < max(counts, default=1):
         keys.notes.append(
@@ -215,7 +213,7 @@ def _experts(keys: _Keys, layers: int) -> tuple[int, ...]:
     return tuple(by_layer.get(i, 1) for i in range(layers))
 
 
-def _tower(keys: _Keys) -> TowerConfig:
+def _tower(keys: Keys) -> TowerConfig:
     p = _TOWER
     keys.must_be(p + "hidden_act", "quick_gelu")
     keys.must_be(p + "num_channels", 3)
@@ -255,67 +253,7 @@ def _with_shapes(tower: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     return {**filled, **{k: v for k, v in own.items() if v is not None}}
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """Looks keys up by their dotted names and remembers which were missing."""
-
-    config: Mapping[str, Any]
-    fell_back: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def get(self, key: str, published: T) -> T:
-        """Return the value of `key`, which must be of the kind of `published`, or `published` if it is missing."""
-        value = self._find(key)
-        if value is None:
-            self.fell_back.append(key)
-            return published
-        wanted: type = type(published)
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted:  # an exact match: True is an int to isinstance
-            raise _wrong(key, value, f"a value of type {wanted.__name__}")
-        return cast("T", value)
-
-    def positive(self, key: str, published: int) -> int:
-        """Return the value of `key`, a whole number above 0."""
-        value = self.get(key, published)
-        if value < 1:
-            raise _wrong(key, value, "a whole number above 0")
-        return value
-
-    def numbers(self, key: str, published: Sequence[int]) -> list[int]:
-        """Return the value of `key`, a list of whole numbers."""
-        value = self._find(key)
-        if value is None:
-            self.fell_back.append(key)
-            return list(published)
-        if not isinstance(value, list) or any(type(v) is not int for v in value):
-            raise _wrong(key, value, "a list of whole numbers")
-        return list(value)
-
-    def must_be(self, key: str, *allowed: object) -> None:
-        """Raise InvalidInput if `key` holds anything but what is allowed; a missing key is allowed."""
-        value = self._find(key)
-        if value is not None and value not in allowed:
-            raise _wrong(key, value, f"{' or '.join(map(repr, allowed))}; nothing else is computed by this version")
-
-    def divides(self, key: str, value: int, whole_key: str, whole: int) -> None:
-        """Raise InvalidInput if the value of one key does not divide that of the other."""
-        if whole % value:
-            raise _wrong(key, value, f"a divisor of {whole_key}, {whole}")
-
-    def _find(self, key: str) -> Any:
-        part: Any = self.config
-        for name in key.split("."):
-            if not isinstance(part, Mapping):
-                raise _wrong(key.rpartition(".")[0], part, "an object with keys")
-            part = part.get(name)
-            if part is None:
-                return None
-        return part
-
-
-def _check_refused(keys: _Keys) -> None:
+def _check_refused(keys: Keys) -> None:
     """Raise InvalidInput for parts that a config may switch on and that are not computed here."""
     keys.must_be("hidden_act", "silu")
     keys.must_be("attention_bias", False)
@@ -324,18 +262,3 @@ def _check_refused(keys: _Keys) -> None:
     keys.must_be("mm_token_compress", False)
     keys.must_be("icl_mask_encoder", False)
     keys.must_be("region_geo_sampler", False)
-
-
-def _check_family(config: Mapping[str, Any]) -> None:
-    """Raise InvalidInput unless `model_type`, or `architectures` where that is missing, is MedPLIB's."""
-    found = config.get("model_type")
-    names = config.get("architectures") or []
-    if found == MODEL_TYPE or (found is None and _ARCHITECTURE in names):
-        return
-    raise InvalidInput(
-        f"config.json: model_type is {found!r}, {MODEL_TYPE!r} was expected; this is no MedPLIB checkpoint"
-    )
-
-
-def _wrong(key: str, found: object, expected: str) -> InvalidInput:
-    return InvalidInput(f"config.json: {key} is {found!r}, expected {expected}")

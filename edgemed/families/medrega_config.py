@@ -11,10 +11,10 @@ Source of the keys and the published values: github xmed-lab/MedRegA at dfdb0db.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
-from edgemed.errors import InvalidInput
+from edgemed.families.published_config import Keys, check_family, wrong
 
 FAMILY = "medrega"
 MODEL_TYPE = "internvl_chat"
@@ -23,9 +23,6 @@ MODEL_TYPE = "internvl_chat"
 _ARCHITECTURE = "InternVLChatModel"
 _VISION = "vision_config."
 _LANGUAGE = "llm_config."
-
-T = TypeVar("T", bool, int, float, str)
-N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +92,8 @@ def read_config(config: Mapping[str, Any]) -> MedRegaConfig:
     Raises InvalidInput, naming the key, where the file is of another family, a value is of the wrong kind, sizes do not
     fit each other, or something is asked for that the published architecture does not have.
     """
-    _check_family(config)
-    keys = _Keys(config)
+    check_family(config, MODEL_TYPE, _ARCHITECTURE, "MedRegA")
+    keys = Keys(config)
     vision = _vision(keys)
     language = _language(keys)
     side_px = keys.positive("force_image_size", vision.side_px)
@@ -105,17 +102,17 @@ def read_config(config: Mapping[str, Any]) -> MedRegaConfig:
     version = keys.get("ps_version", "v1")
     ratio = keys.get("downsample_ratio", 0.5)
     if not 0 <= run_layers <= vision.layers:
-        raise _wrong("select_layer", select, f"one of -{vision.layers + 1}..{vision.layers}")
+        raise wrong("select_layer", select, f"one of -{vision.layers + 1}..{vision.layers}")
     if version not in ("v1", "v2"):
-        raise _wrong("ps_version", version, "'v1' or 'v2'")
+        raise wrong("ps_version", version, "'v1' or 'v2'")
     if not 0 < ratio <= 1 or abs(1 / ratio - round(1 / ratio)) > 1e-6:
-        raise _wrong("downsample_ratio", ratio, "1 divided by a whole number")
+        raise wrong("downsample_ratio", ratio, "1 divided by a whole number")
     fold = round(1 / ratio)
     if side_px % (vision.patch_px * fold):
-        raise _wrong("force_image_size", side_px, f"a multiple of {vision.patch_px * fold} (patch_size x {fold})")
+        raise wrong("force_image_size", side_px, f"a multiple of {vision.patch_px * fold} (patch_size x {fold})")
     min_tiles, max_tiles = keys.positive("min_dynamic_patch", 1), keys.positive("max_dynamic_patch", 6)
     if min_tiles > max_tiles:
-        raise _wrong("min_dynamic_patch", min_tiles, f"at most max_dynamic_patch, {max_tiles}")
+        raise wrong("min_dynamic_patch", min_tiles, f"at most max_dynamic_patch, {max_tiles}")
     return MedRegaConfig(
         vision=vision,
         language=language,
@@ -133,7 +130,7 @@ def read_config(config: Mapping[str, Any]) -> MedRegaConfig:
     )
 
 
-def _vision(keys: _Keys) -> VisionConfig:
+def _vision(keys: Keys) -> VisionConfig:
     p = _VISION
     keys.must_be(p + "hidden_act", "gelu")
     keys.must_be(p + "num_channels", 3)
@@ -154,7 +151,7 @@ def _vision(keys: _Keys) -> VisionConfig:
     return vision
 
 
-def _language(keys: _Keys) -> LanguageConfig:
+def _language(keys: Keys) -> LanguageConfig:
     p = _LANGUAGE
     keys.must_be(p + "hidden_act", "silu")
     keys.must_be(p + "attention_bias", False)
@@ -177,73 +174,5 @@ def _language(keys: _Keys) -> LanguageConfig:
     keys.divides(p + "num_key_value_heads", language.kv_heads, p + "num_attention_heads", heads)
     keys.divides(p + "num_attention_heads", heads, p + "hidden_size", width)
     if language.head_dim % 2:
-        raise _wrong(p + "head_dim", language.head_dim, "an even number")
+        raise wrong(p + "head_dim", language.head_dim, "an even number")
     return language
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Looks keys up by their dotted names and remembers which were missing."""
-
-    config: Mapping[str, Any]
-    fell_back: list[str] = field(default_factory=list)
-
-    def get(self, key: str, published: T) -> T:
-        """Return the value of `key`, which must be of the kind of `published`, or `published` if it is missing."""
-        value = self._find(key)
-        if value is None:
-            self.fell_back.append(key)
-            return published
-        wanted: type = type(published)
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted:  # an exact match: True is an int to isinstance
-            raise _wrong(key, value, f"a value of type {wanted.__name__}")
-        return cast("T", value)
-
-    def positive(self, key: str, published: N) -> N:
-        """Return the value of `key`, a number above 0."""
-        value = self.get(key, published)
-        if not value > 0:
-            raise _wrong(key, value, "a number above 0")
-        return value
-
-    def optional(self, key: str, rule: int) -> int:
-        """Return the value of a key that the published file leaves out, or what follows by rule."""
-        return rule if self._find(key) is None else self.positive(key, rule)
-
-    def must_be(self, key: str, only: object) -> None:
-        """Raise InvalidInput if `key` holds anything but `only`; a missing key is the same as `only`."""
-        value = self._find(key)
-        if value is not None and value != only:
-            raise _wrong(key, value, f"{only!r} (the published architecture has nothing else)")
-
-    def divides(self, key: str, value: int, whole_key: str, whole: int) -> None:
-        """Raise InvalidInput if the value of one key does not divide that of the other."""
-        if whole % value:
-            raise _wrong(key, value, f"a divisor of {whole_key}, {whole}")
-
-    def _find(self, key: str) -> Any:
-        part: Any = self.config
-        for name in key.split("."):
-            if not isinstance(part, Mapping):
-                raise _wrong(key.rpartition(".")[0], part, "an object with keys")
-            part = part.get(name)
-            if part is None:
-                return None
-        return part
-
-
-def _check_family(config: Mapping[str, Any]) -> None:
-    """Raise InvalidInput unless `model_type`, or `architectures` where that is missing, is MedRegA's."""
-    found = config.get("model_type")
-    names = config.get("architectures") or []
-    if found == MODEL_TYPE or (found is None and _ARCHITECTURE in names):
-        return
-    raise InvalidInput(
-        f"config.json: model_type is {found!r}, {MODEL_TYPE!r} was expected; this is no MedRegA checkpoint"
-    )
-
-
-def _wrong(key: str, found: object, expected: str) -> InvalidInput:
-    return InvalidInput(f"config.json: {key} is {found!r}, expected {expected}")

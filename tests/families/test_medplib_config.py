@@ -82,7 +82,7 @@ def test_a_capacity_that_would_drop_tokens_is_noted() -> None:
         ({"hidden_size": "4096"}, "hidden_size is '4096', expected a value of type int"),
         ({"hidden_size": 100}, "num_attention_heads is 32, expected a divisor of hidden_size, 100"),
         ({"num_key_value_heads": 5}, "num_key_value_heads is 5, expected a divisor"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a number above 0"),
         ({"num_attention_heads": 4096}, "num_attention_heads is 4096, expected heads of an even width"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*, expected None"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
@@ -121,7 +121,9 @@ def test_a_wrong_value_of_the_tower_is_refused_by_its_key(tower: dict[str, Any],
         read_config(LEAST, tower)
 
 
-@pytest.mark.parametrize("path", ["./clip-x", "/home/authors/models/clip-x/", "C:\\models\\clip-x", "authors/clip-x"])
+@pytest.mark.parametrize(
+    "path", ["./clip-x", "/authors/models/clip-x/", "C:\\models\\clip-x", "authors/clip-x"]
+)
 def test_only_the_last_part_of_the_towers_path_counts(tmp_path: Path, path: str) -> None:
     (tmp_path / "clip-x").mkdir()
     (tmp_path / "clip-x" / "config.json").write_text('{"hidden_size": 8}')

@@ -345,7 +345,7 @@ OTHER: dict[str, Any] = {
     "mm_hidden_size": 12,
     "mm_projector_type": "mlp3x_gelu",
     "mm_vision_select_layer": -1,
-    "mm_vision_tower": "/home/authors/clip-other/",
+    "mm_vision_tower": "/models/of/authors/clip-other/",
     "moe": {"moe_layers_idx": [0, 2], "num_experts": [3, 2], "top_k_experts": 1, "eval_capacity_factor": 3},
 }
 TOWER = {
