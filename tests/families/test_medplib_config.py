@@ -121,9 +121,7 @@ def test_a_wrong_value_of_the_tower_is_refused_by_its_key(tower: dict[str, Any],
         read_config(LEAST, tower)
 
 
-@pytest.mark.parametrize(
-    "path", ["./clip-x", "/authors/models/clip-x/", "C:\\models\\clip-x", "authors/clip-x"]
-)
+@pytest.mark.parametrize("path", ["./clip-x", "/authors/models/clip-x/", "C:\\models\\clip-x", "authors/clip-x"])
 def test_only_the_last_part_of_the_towers_path_counts(tmp_path: Path, path: str) -> None:
     (tmp_path / "clip-x").mkdir()
     (tmp_path / "clip-x" / "config.json").write_text('{"hidden_size": 8}')
