@@ -11,18 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from edgemed.blocks import pack_rows, unpack_rows
 from edgemed.errors import InvalidInput
 
-FloatArray = npt.NDArray[np.float32]
-ByteArray = npt.NDArray[np.uint8]
-
 _FUSED = "com.microsoft"
-_LARGEST = 127
-_ZERO_POINT = 128  # what MatMulNBits subtracts from 8-bit weights when it gets no zero points
+_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -74,11 +70,11 @@ def quantize_weights(
     rows = []
     for name in weights:
         if name not in plan.excluded:
-            matrix = numpy_helper.to_array(stored[name]).astype(np.float32)
-            packed, scales = pack_blocks(matrix, plan.block)
-            back = unpack_blocks(packed, scales, plan.block)[: matrix.shape[0]]
+            matrix = numpy_helper.to_array(stored[name]).astype(np.float32).T  # [outputs, inputs]
+            packed, scales = pack_rows(matrix, plan.block, _BITS)
+            back = unpack_rows(packed, scales, _BITS)[:, : matrix.shape[1]]
             error = float(np.linalg.norm(back - matrix) / max(float(np.linalg.norm(matrix)), 1e-30))
-            rows.append(QuantizedWeight(name, (matrix.shape[0], matrix.shape[1]), error))
+            rows.append(QuantizedWeight(name, (matrix.shape[1], matrix.shape[0]), error))
             graph.initializer.append(numpy_helper.from_array(packed, f"{name}.int8"))
             graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scales"))
     done = {row.name: row.shape for row in rows}
@@ -91,35 +87,11 @@ def quantize_weights(
     return result, tuple(rows)
 
 
-def pack_blocks(matrix: FloatArray, block: int) -> tuple[ByteArray, FloatArray]:
-    """Return (uint8 [outputs, blocks, block], float32 scales [outputs, blocks]) of `matrix` [inputs, outputs].
-
-    A stored value q stands for (q - 128) * scale; scale = largest magnitude of the block / 127, so -128 never occurs.
-    The inputs are padded with zeros to whole blocks.
-    """
-    inputs, outputs = matrix.shape
-    blocks = -(-inputs // block)
-    padded = np.zeros((outputs, blocks * block), np.float32)
-    padded[:, :inputs] = matrix.T
-    grouped = padded.reshape(outputs, blocks, block)
-    scales = np.abs(grouped).max(axis=2) / np.float32(_LARGEST)
-    divisor = np.where(scales > 0, scales, 1)[..., None]
-    packed = np.rint(grouped / divisor).clip(-_LARGEST, _LARGEST) + _ZERO_POINT
-    return packed.astype(np.uint8), scales.astype(np.float32)
-
-
-def unpack_blocks(packed: ByteArray, scales: FloatArray, block: int) -> FloatArray:
-    """Return the matrix [blocks * block, outputs] that `pack_blocks` stored, padding included."""
-    outputs, blocks, _ = packed.shape
-    values = (packed.astype(np.float32) - _ZERO_POINT) * scales[..., None]
-    return np.ascontiguousarray(values.reshape(outputs, blocks * block).T)
-
-
 def _to_nbits(node: onnx.NodeProto, shape: tuple[int, int], plan: WeightPlan) -> None:
     """Turn the MatMul `node` into a MatMulNBits over the stored blocks."""
     name = node.input[1]
     attributes: dict[str, Any] = {
-        "K": shape[0], "N": shape[1], "bits": 8, "block_size": plan.block, "accuracy_level": plan.accuracy_level,
+        "K": shape[0], "N": shape[1], "bits": _BITS, "block_size": plan.block, "accuracy_level": plan.accuracy_level,
     }  # fmt: skip
     replacement = helper.make_node(
         "MatMulNBits", [node.input[0], f"{name}.int8", f"{name}.scales"], list(node.output), node.name, domain=_FUSED,

@@ -222,28 +222,36 @@ class BoxGrammar:
 
 
 class FreeGrammar:
-    """No constraint: any token may follow any other. Its only state is 0.
+    """No constraint: any token may follow any other. The state is 0 before the first token, then 1.
+
+    not_first: a token that no answer begins with, if there is one (an end: answers are not empty).
 
     >>> FreeGrammar(3).allowed(0).tolist()
     [True, True, True]
+    >>> FreeGrammar(3, not_first=2).allowed(0).tolist()
+    [True, True, False]
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, not_first: int | None = None) -> None:
         self._all = _with(np.ones(vocabulary, np.bool_))
+        first = np.ones(vocabulary, np.bool_)
+        if not_first is not None:
+            first[not_first] = False
+        self._first = _with(first)
 
     def start(self) -> int:
         """Return the state before the first token of an answer."""
         return 0
 
     def allowed(self, state: int) -> Allowed:
-        """Return bool [vocabulary], read-only, all True."""
-        return self._all
+        """Return bool [vocabulary], read-only: all True, but for what may not come first."""
+        return self._all if state else self._first
 
     def advance(self, state: int, token: int) -> int:
-        """Return the same state. Raises InvalidInput if `token` is outside the vocabulary."""
+        """Return 1. Raises InvalidInput if `token` is outside the vocabulary."""
         if not 0 <= token < len(self._all):
             raise InvalidInput(f"token {token} is outside the vocabulary of {len(self._all)}")
-        return state
+        return 1
 
     def refuses(self, state: int) -> bool:
         """Return False."""

@@ -72,8 +72,6 @@ class Manifest:
                 raise BundleError(
                     f"the manifest has graph {role!r} with role {spec.role!r}; one of {', '.join(ROLES)} expected"
                 )
-            if graph_file(role) not in self.files:
-                raise BundleError(f"the manifest has a graph {role} and no file {graph_file(role)}")
         if set(self.precision) != set(self.graphs):
             raise BundleError(
                 f"the manifest has precisions of {sorted(self.precision)}, graphs are {sorted(self.graphs)}"
@@ -86,6 +84,20 @@ class Manifest:
                 )
         if len({name.casefold() for name in self.files}) != len(self.files):
             raise BundleError("the manifest has file names that differ in upper and lower case only")
+
+
+def bundle_name(folder: Path) -> str:
+    """Return a name for a bundle, made from a folder's.
+
+    >>> bundle_name(Path("MedPLIB 7b-2e"))
+    'medplib-7b-2e'
+    """
+    return re.sub(r"[^a-z0-9._-]+", "-", folder.name.lower()).strip("-._")[:64] or "checkpoint"
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Return whether a folder holds the checkpoint of a model (it has a config.json) and no bundle."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / MANIFEST).is_file()
 
 
 def graph_file(role: str) -> str:
@@ -102,7 +114,11 @@ def check_file_name(name: str) -> None:
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """Return the manifest as canonical JSON: keys sorted, no spaces, UTF-8, one newline at the end."""
+    """Return the manifest as canonical JSON: keys sorted, no spaces, UTF-8, one newline at the end.
+
+    Raises BundleError if a graph has no file.
+    """
+    _check_graph_files(manifest)
     data = {
         "format": manifest.format,
         "name": manifest.name,
@@ -144,7 +160,16 @@ def from_bytes(data: bytes) -> Manifest:
         for name, value in values[key].items():
             if not isinstance(value, str):
                 raise BundleError(f"{MANIFEST}: {key}, {name!r} is a {type(value).__name__}, a text was expected")
-    return Manifest(**{**values, "graphs": {role: _graph(role, spec) for role, spec in values["graphs"].items()}})
+    manifest = Manifest(**{**values, "graphs": {role: _graph(role, spec) for role, spec in values["graphs"].items()}})
+    _check_graph_files(manifest)
+    return manifest
+
+
+def _check_graph_files(manifest: Manifest) -> None:
+    """Raise BundleError if a graph has no file; only what was opened from a checkpoint has none, and is not written."""
+    for role in manifest.graphs:
+        if graph_file(role) not in manifest.files:
+            raise BundleError(f"the manifest has a graph {role} and no file {graph_file(role)}")
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -305,6 +330,11 @@ def find_bundle(name_or_folder: str | Path) -> Path:
         for place in (_EMBEDDED, user_folder()):
             if (place / name / MANIFEST).is_file():
                 return place / name
+    if is_checkpoint(given):
+        raise BundleError(
+            f"{given} is a checkpoint, not a bundle: export it first with `edgemed export {given} -o BUNDLE`, or use "
+            "--backend torch"
+        )
     if given.is_dir():
         raise BundleError(f"{given} has no {MANIFEST}; a bundle folder was expected")
     known = ", ".join(b.name for b in list_bundles()) or "none"
@@ -382,10 +412,12 @@ def write_bundle(
     licences: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
     replace: bool = False,
+    move: bool = False,
 ) -> Bundle:
     """Return the bundle written to `folder`: all of it or nothing.
 
     files: name inside the bundle -> its bytes, or the file to copy; every graph ROLE needs graphs/ROLE.onnx.
+    move: files are not copied but moved, which a bundle larger than the rest of the disk needs.
     replace: an older bundle in `folder` is replaced; without it, a folder that holds anything is an error.
 
     Raises BundleError if the parts do not make a bundle, CannotWrite if the disk refuses.
@@ -394,7 +426,7 @@ def write_bundle(
         check_file_name(file)
     with _new_folder(Path(folder), replace) as new:
         for file, content in files.items():
-            _put(new / file, content)
+            _put(new / file, content, move=move)
         manifest = Manifest(
             name=name,
             family=family,
@@ -410,10 +442,12 @@ def write_bundle(
     return open_bundle(folder)
 
 
-def _put(target: Path, content: bytes | Path) -> None:
+def _put(target: Path, content: bytes | Path, *, move: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         target.write_bytes(content)
+    elif move:
+        shutil.move(content, target)
     else:
         shutil.copyfile(content, target)
 

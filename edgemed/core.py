@@ -166,13 +166,28 @@ class PromptRegion:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """An earlier question of a conversation as it was asked, and its answer as shown and with tags as written."""
+
+    question: str
+    text: str
+    tagged_text: str
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """What is asked: text (never empty), the regions it is about, the language of the answer, the frame (0-based)."""
+    """What is asked: text (never empty), the regions it is about, the language of the answer, the frame (0-based).
+
+    history: earlier turns about the same scans. settings: how the family is to ask, by name; each family tells which
+    it has (`Family.settings`), and one that it does not have is an error.
+    """
 
     text: str
     regions: tuple[PromptRegion, ...] = ()
     language: Language = "en"
     frame: int = 0
+    history: tuple[Turn, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -196,11 +211,22 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One item of a grounded report: what is said, and which of the answer's regions it is about (their indices)."""
+
+    text: str
+    regions: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
     """The reply. `text` has no region tags, `tagged_text` has them as the model wrote them; regions in scan pixels.
 
     notes: what was left out of the answer and why (a malformed box, the token limit), one line each.
+    labels: of a classification, those of the given list that the answer means. findings: of a grounded report.
+    router: what the routers said, if it was asked for: probabilities [prompt and answer tokens, layers, experts].
+    vocabulary: ids from this one on stand for rows of images and regions.
     """
 
     text: str
@@ -210,3 +236,7 @@ class Answer:
     prompt_ids: tuple[int, ...] = ()
     generated_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    router: npt.NDArray[np.float32] | None = None
+    vocabulary: int | None = None

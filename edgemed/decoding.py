@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,17 @@ class DecodeOptions:
     """How to decode.
 
     max_new_tokens: the longest answer. temperature: 0 is greedy; above 0 tokens are drawn, reproducibly for a `seed`.
-    eos_id: ends the answer. keep_hidden: token ids whose hidden state is returned.
-    cache: tokens the decoder's cache holds, prompt and answer together.
+    eos_id: ends the answer. keep_hidden: token ids whose hidden state is returned; None: every position's.
+    cache: tokens the decoder's cache holds, prompt and answer together. router: keep what the routers said.
     """
 
     eos_id: int
     max_new_tokens: int = 512
     temperature: float = 0.0
     seed: int = 0
-    keep_hidden: frozenset[int] = field(default_factory=frozenset)
+    keep_hidden: frozenset[int] | None = frozenset()
     cache: int = 1024
+    router: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -55,9 +56,11 @@ class Decoded:
     ids: the answer without the end token.
     log_probs: for each id, the log of its probability among the tokens the grammar allowed, at temperature 1 also where
     it was drawn at another.
-    hidden: (index in ids, float32 [width]) where an id of `keep_hidden` went in, in order.
+    hidden: (index in ids, float32 [width]) where an id of `keep_hidden` went in, in order; index -1 is the prompt's
+    last token.
     ended: the model ended the answer; False where the token limit did, and then the ids stop where the grammar last
     allowed an end. decoder_calls counts the prefill too. Times in milliseconds.
+    router: probabilities [tokens that went in, prompt first, layers with experts, experts], or None.
     """
 
     ids: tuple[int, ...]
@@ -68,6 +71,11 @@ class Decoded:
     prompt_tokens: int
     prefill_ms: float
     step_ms: float
+    router: npt.NDArray[np.float32] | None = None
+
+
+NOTHING_DECODED = Decoded((), (), (), True, 0, 0, 0.0, 0.0)
+"""Where the mask decoder alone answers."""
 
 
 def decode(
@@ -80,12 +88,8 @@ def decode(
 
     Raises InvalidInput where the prompt is empty or leaves no room in the cache, or where logits are not finite.
     """
-    if not 0 < len(prompt_ids) < options.cache:
-        raise InvalidInput(
-            f"the prompt has {len(prompt_ids)} tokens; 1 to {options.cache - 1} fit. Ask a shorter question or about "
-            "fewer regions"
-        )
-    calls = _Calls(runner, fixed)
+    check_prompt(prompt_ids, options)
+    calls = Calls(runner, fixed)
     rng = np.random.default_rng(options.seed)
     room = min(options.max_new_tokens, options.cache - len(prompt_ids))
     ids: list[int] = []
@@ -93,7 +97,10 @@ def decode(
     hidden: list[tuple[int, Vector]] = []
     end = 0  # how many ids there are where the grammar last allowed an end
     ended = False
-    logits = calls.run(prompt_ids)["logits"][0, -1]
+    out = calls.run(prompt_ids, logits_from=0 if options.router else -1)
+    logits = out["logits"][0, -1]
+    if options.keep_hidden is None:
+        hidden.append((-1, out["hidden"][0, -1].copy()))
     prefill_ms = calls.milliseconds
     state = grammar.start()
     rest = (calls.past, state, logits)  # where `end` was reached: a refused place is taken back to there
@@ -120,10 +127,11 @@ def decode(
                 del ids[end:], log_probs[end:]
                 calls.past, state, logits = rest  # the cache is rolled back by its length alone
                 continue
-            if len(ids) < room or token in options.keep_hidden:
+            kept = options.keep_hidden is None or token in options.keep_hidden
+            if len(ids) < room or kept:
                 out = calls.run([token])
                 logits = out["logits"][0, -1]
-                if token in options.keep_hidden:
+                if kept:
                     hidden.append((len(ids) - 1, out["hidden"][0, -1].copy()))
     return Decoded(
         ids=tuple(ids[:end]),
@@ -134,11 +142,21 @@ def decode(
         prompt_tokens=len(prompt_ids),
         prefill_ms=prefill_ms,
         step_ms=calls.milliseconds - prefill_ms,
+        router=np.concatenate(calls.routed)[: len(prompt_ids) + end] if options.router else None,
     )
 
 
-class _Calls:
-    """Calls the decoder with the next ids, and counts."""
+def check_prompt(prompt_ids: Sequence[int], options: DecodeOptions) -> None:
+    """Raise InvalidInput where the prompt is empty or leaves no room in the cache."""
+    if not 0 < len(prompt_ids) < options.cache:
+        raise InvalidInput(
+            f"the prompt has {len(prompt_ids)} tokens; 1 to {options.cache - 1} fit. Ask a shorter question or about "
+            "fewer regions"
+        )
+
+
+class Calls:
+    """Calls the decoder with the next ids, and counts. `past`: how many ids its cache holds; less rolls it back."""
 
     def __init__(self, runner: Runner, fixed: Feeds) -> None:
         self.runner = runner
@@ -146,18 +164,21 @@ class _Calls:
         self.count = 0
         self.past = 0
         self.milliseconds = 0.0
+        self.routed: list[npt.NDArray[np.float32]] = []  # of each call, [kept, layers with experts, experts]
 
-    def run(self, ids: Sequence[int]) -> Outputs:
-        """Return the decoder's outputs at the last of `ids`, which follow what earlier calls brought in."""
+    def run(self, ids: Sequence[int], logits_from: int = -1) -> Outputs:
+        """Return the decoder's outputs from position `logits_from` of `ids` on, which follow the first `past` ids."""
         start = time.perf_counter()
         out = self.runner.run(
             {
                 **self.fixed,
                 "input_ids": np.array([ids], np.int64),
                 "past_length": np.array([self.past], np.int64),
-                "logits_from": np.array([len(ids) - 1], np.int64),
+                "logits_from": np.array([logits_from % len(ids)], np.int64),
             }
         )
+        if "router" in out:
+            self.routed.append(out["router"][0])
         self.past += len(ids)
         self.count += 1
         self.milliseconds += (time.perf_counter() - start) * 1000

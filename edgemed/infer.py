@@ -13,10 +13,10 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
@@ -24,16 +24,18 @@ from typing import Literal, get_args
 import numpy as np
 
 from edgemed import __version__
-from edgemed.backends import BACKENDS, Outputs, Runner, open_runner
-from edgemed.bundle import Bundle, open_bundle
-from edgemed.core import Answer, Language, Prompt, Provenance, Scan
-from edgemed.decoding import Decoded, DecodeOptions, decode
+from edgemed.backends import BACKENDS, Artifact, Outputs, Runner, find_backend, open_runner
+from edgemed.beam_search import beam_search
+from edgemed.bundle import Bundle, find_bundle, is_checkpoint, open_bundle
+from edgemed.core import Answer, Finding, Language, Prompt, Provenance, Scan
+from edgemed.decoding import NOTHING_DECODED, Decoded, DecodeOptions, decode
 from edgemed.errors import BackendUnavailable, InvalidInput
 from edgemed.families import Family, Prepared, Question, Written, open_family
 from edgemed.graphs import Feeds, GraphSpec
 
 DecodeMode = Literal["auto", "plain"]
 
+MAX_BEAMS = 16
 IMAGES_KEPT = 4
 """How many images' features a Session keeps (native: 4 MiB each)."""
 
@@ -43,7 +45,8 @@ class InferOptions:
     """How an answer is written.
 
     decode: "plain" takes one token a step and no shortcut. grammar: only answers that parse; without it the model
-    writes what it likes. temperature 0 is greedy; above 0, `seed` makes the draw repeatable.
+    writes what it likes. temperature 0 is greedy; above 0, `seed` makes the draw repeatable. beams above 1: beam
+    search. router: keep what the routers of a mixture of experts said.
     """
 
     decode: DecodeMode = "auto"
@@ -51,8 +54,15 @@ class InferOptions:
     max_new_tokens: int = 512
     temperature: float = 0.0
     seed: int = 0
+    beams: int = 1
+    router: bool = False
 
     def __post_init__(self) -> None:
+        if not 1 <= self.beams <= MAX_BEAMS or (self.beams > 1 and self.temperature > 0):
+            raise InvalidInput(
+                f"beams is {self.beams} at temperature {self.temperature:g}; 1 to {MAX_BEAMS} was expected, and "
+                "temperature 0 with more than 1"
+            )
         if self.decode not in get_args(DecodeMode):
             raise InvalidInput(f"decode is {self.decode!r}; one of {', '.join(get_args(DecodeMode))} was expected")
 
@@ -66,17 +76,34 @@ def open_session(
 ) -> Session:
     """Return a Session over the bundle of this name or in this folder, its graphs being loaded side by side.
 
+    The back end "torch" takes the folder of a checkpoint instead and runs its modules as they are.
+
     device: "auto", "cpu", "gpu" or "gpu:N". allow_cpu: where the GPU that was asked for is not there, use the CPU; the
     answers then say so. threads: CPU threads of each graph, default one for each physical core.
 
-    Raises BundleError if the bundle does not hold. What a graph's loading raises (BackendUnavailable, BundleError,
+    Raises BundleError if the bundle does not hold; for torch, BackendUnavailable if torch is missing or this is no
+    checkpoint, and what reading one raises. What a graph's loading raises (BackendUnavailable, BundleError,
     OutOfMemory) comes with the first question that needs the graph, or from `Session.wait`.
     """
-    return Session(open_bundle(bundle), backend, device, threads, allow_cpu)
+    if backend != "torch":
+        return Session(open_bundle(bundle), backend, device, threads, allow_cpu)
+    if not is_checkpoint(bundle):
+        raise BackendUnavailable(
+            f"the torch back end runs checkpoint folders, {find_bundle(bundle)} is a bundle of ONNX graphs: pass the "
+            "folder of the checkpoint, or use --backend onnxruntime"
+        )
+    find_backend(backend)
+    from edgemed.families.opened_torch import open_folder
+
+    opened, artifact = open_folder(bundle)
+    return Session(opened, backend, device, threads, allow_cpu, artifact)
 
 
 class Session:
-    """One opened bundle with its runners and the features of the last images. One question at a time."""
+    """One opened bundle with its runners and the features of the last images. One question at a time.
+
+    artifact: what the back end runs for a role; default, the bundle's graph file.
+    """
 
     def __init__(
         self,
@@ -85,19 +112,20 @@ class Session:
         device: str = "auto",
         threads: int | None = None,
         allow_cpu: bool = False,
+        artifact: Callable[[str], Artifact] | None = None,
     ) -> None:
         self.bundle = bundle
         self._images: OrderedDict[bytes, _Image] = OrderedDict()
         self._lock = threading.Lock()
 
         def load(role: str) -> Runner:
-            artifact, spec = bundle.graph_path(role), bundle.spec(role)
+            runs, spec = (artifact or bundle.graph_path)(role), bundle.spec(role)
             try:
-                return open_runner(backend, artifact, spec, device=device, threads=threads)
+                return open_runner(backend, runs, spec, device=device, threads=threads)
             except BackendUnavailable:
                 if not (allow_cpu and device.startswith("gpu")):
                     raise
-                return open_runner(backend, artifact, spec, device="cpu", threads=threads)
+                return open_runner(backend, runs, spec, device="cpu", threads=threads)
 
         pool = ThreadPoolExecutor(max(1, len(bundle.manifest.graphs)), thread_name_prefix="load-graph")
         self._runners: dict[str, Future[Runner]] = {r: pool.submit(load, r) for r in bundle.manifest.graphs}
@@ -133,25 +161,39 @@ class Session:
         """Return the sentence that goes with every answer of this bundle, or ""."""
         return self.family.notice(language)
 
-    def ask(self, scan: Scan, prompt: Prompt, options: InferOptions | None = None) -> Answer:
-        """Return the answer to `prompt` about `scan`, regions in scan pixels of the prompt's frame.
+    def ask(self, scans: Scan | Sequence[Scan], prompt: Prompt, options: InferOptions | None = None) -> Answer:
+        """Return the answer to `prompt` about `scans`, regions in scan pixels of the prompt's frame.
 
-        Raises InvalidInput if the prompt does not fit the scan or the model, and what loading a graph raised.
+        scans: one, or as many as the family takes at a time: () asks without an image.
+
+        Raises InvalidInput if the prompt does not fit the scans or the model, and what loading a graph raised.
         """
         options = options or InferOptions()
+        scans = (scans,) if isinstance(scans, Scan) else tuple(scans)
         with self._lock:
-            run = _Run(self._runners, self.family.graphs())
-            with run.timed("prepare"):
-                prepared = self.family.prepare(scan, prompt)
-            features, projected = self._image(run, prepared)
-            with run.timed("prepare"):
-                question = self.family.ask(prompt, prepared, projected, constrained=options.grammar)
-            decoded = _decode(run, question, options)
-            written = Written(decoded.ids, decoded.log_probs, dict(decoded.hidden), decoded.ended)
-            feeds = self.family.mask_feeds(prompt, prepared, projected, written)
-            masks = [run.graph("mask_decoder", batch, features, projected) for batch in feeds]
-            with run.timed("read_answer"):
-                reading = self.family.read_answer(scan, prompt, prepared, projected, written, masks)
+            first = self.family.lead_in(prompt)
+            if first is None:
+                return self._answer(scans, prompt, options)
+            found = self._answer(scans, first, options)
+            answer = self._answer(scans, self.family.follow_up(prompt, found), options)
+        notes = (f"asked first: {found.tagged_text}", *found.notes, *answer.notes)
+        moved = tuple(Finding(f.text, tuple(i + len(found.regions) for i in f.regions)) for f in answer.findings)
+        return replace(answer, regions=(*found.regions, *answer.regions), notes=notes, findings=moved)
+
+    def _answer(self, scans: Sequence[Scan], prompt: Prompt, options: InferOptions) -> Answer:
+        """Return the answer to one question."""
+        run = _Run(self._runners, self.family.graphs())
+        with run.timed("prepare"):
+            prepared = self.family.prepare(scans, prompt)
+        features, projected = self._image(run, prepared)
+        with run.timed("prepare"):
+            question = self.family.ask(prompt, prepared, projected, constrained=options.grammar)
+        decoded = _decode(run, question, options)
+        written = Written(decoded.ids, decoded.log_probs, dict(decoded.hidden), decoded.ended)
+        feeds = self.family.mask_feeds(prompt, prepared, projected, written)
+        masks = [run.graph("mask_decoder", batch, features, projected) for batch in feeds]
+        with run.timed("read_answer"):
+            reading = self.family.read_answer(scans, prompt, prepared, projected, written, masks)
         return Answer(
             text=reading.text,
             tagged_text=reading.tagged_text,
@@ -160,10 +202,16 @@ class Session:
             prompt_ids=tuple(question.prompt_ids),
             generated_ids=decoded.ids,
             notes=reading.notes,
+            labels=reading.labels,
+            findings=reading.findings,
+            router=decoded.router,
+            vocabulary=_vocabulary(run.specs),
         )
 
     def _image(self, run: _Run, prepared: Prepared) -> tuple[Feeds, Feeds]:
         """Return (the encoder's outputs, the projector's), from memory where the same feeds were asked about before."""
+        if not prepared.vision:
+            return {}, {}
         key = _digest(prepared.vision)
         if key in self._images:
             self._images.move_to_end(key)
@@ -255,25 +303,30 @@ class _Run:
             return runner.run({**feeds, **missing})
 
 
+def _vocabulary(specs: Mapping[str, GraphSpec]) -> int | None:
+    size = next((t.shape[-1] for t in specs["decoder"].outputs if t.name == "logits"), None)
+    return size if isinstance(size, int) else None
+
+
 def _decode(run: _Run, question: Question, options: InferOptions) -> Decoded:
+    if not question.prompt_ids:
+        return NOTHING_DECODED
+    if options.router and all(t.name != "router" for t in run.specs["decoder"].outputs):
+        raise InvalidInput("this model has no experts, so that there is no router to look into")
     runner = run.runner("decoder")
-    runner.reset()
     cache = run.specs["decoder"].dims.get("cache")
     with run.timed("decoder"):
-        decoded = decode(
-            runner,
-            question.prompt_ids,
-            question.fixed,
-            question.grammar,
-            DecodeOptions(
-                eos_id=question.eos_id,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                seed=options.seed,
-                keep_hidden=question.keep_hidden,
-                **({} if cache is None else {"cache": cache.max}),
-            ),
+        wanted = DecodeOptions(
+            eos_id=question.eos_id,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            keep_hidden=question.keep_hidden,
+            router=options.router,
+            **({} if cache is None else {"cache": cache.max}),
         )
+        what = (runner, question.prompt_ids, question.fixed, question.grammar, wanted)
+        decoded = decode(*what) if options.beams == 1 else beam_search(*what, options.beams)
     run.timings["decoder_prefill"] = decoded.prefill_ms
     return decoded
 

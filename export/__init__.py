@@ -1,8 +1,9 @@
-"""Writes the graphs of a bundle: trained weights to ONNX, and the comparison of the two. Imports on use only."""
+"""Writes the graphs of a bundle: a checkpoint's weights to ONNX, and the comparison of the two. Imports on use only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,21 +12,44 @@ if TYPE_CHECKING:
 
     from edgemed.bundle import Bundle
 
-__all__ = ["export_bundle"]
+__all__ = ["ExportOptions", "export_bundle"]
+
+FORMATS = ("auto", "fp32", "int8", "int4")
+"""How the matrices of a graph may be stored; auto is int8 for a native decoder and fp32, which is exact, elsewhere."""
 
 
-def export_bundle(
-    checkpoint: Path,
-    output: Path,
-    *,
-    name: str | None = None,
-    slices: Path | None = None,
-    shrink_decoder: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
-    replace: bool = False,
-) -> Bundle:
-    """Return the bundle made from a checkpoint folder; see `edgemed.export.write.write_native_bundle`."""
-    from edgemed.export.write import write_native_bundle
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export may be told.
 
-    return write_native_bundle(
-        checkpoint, output, name=name, slices=slices, shrink_decoder=shrink_decoder, replace=replace
-    )
+    decoder, vision: one of FORMATS. block: weights that share a scale; None: 32 for int8, 64 for int4.
+    compat, cache: as `describe` of the published families takes them. extra: prefix -> file whose tensors come with the
+    checkpoint's. slices: scans to compare on. compare: whether the graphs are compared with torch; None: where the
+    weights in float32 take at most a quarter of the memory.
+    progress: called with (weights done, weights in all). shrink: makes a native decoder int8.
+    """
+
+    name: str | None = None
+    decoder: str = "auto"
+    vision: str = "auto"
+    block: int | None = None
+    compat: str | None = None
+    cache: int | None = None
+    extra: Mapping[str, Path] = field(default_factory=dict)
+    slices: Path | None = None
+    compare: bool | None = None
+    replace: bool = False
+    progress: Callable[[int, int], None] | None = None
+    shrink: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None
+    tell: Callable[[str], None] = print
+
+
+def export_bundle(checkpoint: Path, output: Path, options: ExportOptions | None = None) -> Bundle:
+    """Return the bundle made from a checkpoint folder of any family, which its config.json tells.
+
+    Raises InvalidInput, CannotRead or NoInput where the checkpoint does not hold, BundleError where a graph does not
+    compute what torch does, CannotWrite where the disk refuses; then nothing is written.
+    """
+    from edgemed.export.convert import convert_checkpoint
+
+    return convert_checkpoint(checkpoint, output, options or ExportOptions())

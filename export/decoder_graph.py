@@ -1,107 +1,85 @@
 """Writes a llama-style decoder as one ONNX graph of onnxruntime's fused operators, straight from its weights.
 
 Covers prefill, steps and several tokens on top of a cache, in one graph: grouped-query attention with an in-place
-cache, fused norms, logits from a given position on, the hidden states, and the box draft. The weights are fp32;
-`edgemed.calibration.weight_only` makes the int8 graph from it. Does not cover TensorRT, which has none of these
-operators, nor batches above 1.
+cache, fused norms, experts in place of a layer's MLP, logits from a given position on, the hidden states, and the box
+draft. Does not cover TensorRT, which has none of these operators, nor batches above 1.
 
-Nothing is traced: the arithmetic is that of `edgemed.models.llama`, node by node, and the parity test compares the two.
+Nothing is traced: the arithmetic is that of `edgemed.models.llama` and `edgemed.models.moe`, node by node, and the
+parity test compares the two. Weights are read one at a time, so that a decoder larger than the memory can be written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
+from edgemed.blocks import as_float32
 from edgemed.errors import InvalidInput
-from edgemed.graphs import DimRange, GraphSpec, TensorSpec
+from edgemed.export.graph_writer import FUSED, GraphWriter
+from edgemed.families.specs import SIDES
+from edgemed.graphs import GraphSpec
 
 if TYPE_CHECKING:
     from edgemed.models.llama import LlamaConfig
 
 Array = npt.NDArray[Any]
-Tensors = Mapping[str, Array]
+Tensors = Mapping[str, Any]
 
-SIDES = 4
-"""Sides of a box in the order they are written: x0, y0, x1, y1."""
-
-_FUSED = "com.microsoft"
-_OPSET = 21
-_IR_VERSION = 10
 _LENGTHS = ("seqlens_k", "total_sequence_length")
 _ROPE = ("rope_cos", "rope_sin")
 _TO_THE_END = np.iinfo(np.int64).max
 
 
-def decoder_spec(config: LlamaConfig, *, image_rows: DimRange, cache: int = 1024, draft: bool = True) -> GraphSpec:
-    """Return the GraphSpec of the decoder that `build_decoder_graph` writes.
-
-    image_rows: how many rows of `image_tokens` (image and region tokens) a prompt may bring.
-    cache: tokens the cache holds: prompt and answer together.
-    """
-    state_shape = (1, config.kv_heads, "cache", config.head_dim)
-    names = [f"{kind}_{i}" for i in range(config.layers) for kind in ("key", "value")]
-    fed = (
-        TensorSpec("input_ids", "int64", (1, "sequence")),
-        TensorSpec("image_tokens", "float32", ("rows", config.width)),
-        TensorSpec("past_length", "int64", (1,)),
-        TensorSpec("logits_from", "int64", (1,)),
-    )
-    returned = [
-        TensorSpec("logits", "float32", (1, "kept", config.vocabulary)),
-        TensorSpec("hidden", "float32", (1, "kept", config.width)),
-    ]
-    if draft:
-        returned.append(TensorSpec("box_draft", "int64", (1, "kept", SIDES)))
-    return GraphSpec(
-        role="decoder",
-        inputs=(*fed, *(TensorSpec(f"past_{n}", "float32", state_shape) for n in names)),
-        outputs=(*returned, *(TensorSpec(f"present_{n}", "float32", state_shape) for n in names)),
-        dims={
-            "sequence": DimRange(1, 1, cache),
-            "kept": DimRange(1, 1, cache),
-            "rows": image_rows,
-            "cache": DimRange(cache, cache, cache),
-        },
-        state=tuple((f"present_{n}", f"past_{n}") for n in names),
-    )
-
-
 def build_decoder_graph(
-    config: LlamaConfig, tensors: Tensors, spec: GraphSpec, *, embedding_dtype: str = "float16"
+    config: LlamaConfig,
+    tensors: Tensors,
+    spec: GraphSpec,
+    *,
+    embedding_dtype: str = "float16",
+    experts: Sequence[int] = (),
+    writer: GraphWriter | None = None,
 ) -> onnx.ModelProto:
     """Return the ONNX model of a decoder with the weights `tensors`, its inputs and outputs as `spec` says.
 
-    tensors: the names and [out, in] layouts of `edgemed.models.llama.Llama.state_dict()`, any float dtype.
-    embedding_dtype: how the embedding table is stored; float16 halves it, at a relative error of 2 ** -11.
+    tensors: the names and [out, in] layouts of `edgemed.models.llama.Llama.state_dict()`, any float dtype, NumPy or
+    torch; each is read once, when it is written.
+    embedding_dtype: how the embedding table is stored; float16 halves it, at a relative error of 2 ** -11; "exact": as
+    it is. experts: how many each layer has; () means that all are dense. writer: where weights go and in which format.
 
     Ids below config.vocabulary are tokens, id vocabulary + i is row i of `image_tokens`. `past_length` tokens of the
     cache are valid; a smaller number than last time rolls back. `logits_from` counts within this call's ids.
 
     Raises InvalidInput where a tensor is missing or has another shape than `config` says.
     """
-    return _Builder(config, tensors, spec).build(embedding_dtype)
+    return _Builder(config, tensors, spec, experts or [1] * config.layers, writer or GraphWriter()).build(
+        embedding_dtype
+    )
 
 
 class _Builder:
-    """Collects nodes and initializers. A method adds the nodes of one part and returns the name of what it computes."""
+    """Adds the parts of a decoder to a GraphWriter. A method adds one part and returns the name of what it computes."""
 
-    def __init__(self, config: LlamaConfig, tensors: Tensors, spec: GraphSpec) -> None:
+    def __init__(
+        self, config: LlamaConfig, tensors: Tensors, spec: GraphSpec, experts: Sequence[int], writer: GraphWriter
+    ) -> None:
         self.config = config
         self.tensors = tensors
         self.spec = spec
+        self.experts = experts
+        self.writer = writer
         self.cache = spec.dims["cache"].max
         self.draft = any(t.name == "box_draft" for t in spec.outputs)
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.node, self.constant = writer.node, writer.constant
+        self.routed: list[str] = []  # probabilities of each layer with experts, [1, kept, experts]
 
     def build(self, embedding_dtype: str) -> onnx.ModelProto:
-        """Return the checked model."""
+        """Return the model."""
         c = self.config
         self._positions()
         x = self._embed(embedding_dtype)  # [1, sequence, width]
@@ -109,15 +87,7 @@ class _Builder:
         for i in range(c.layers):
             x, normed = self._layer(i, x, normed)
         self._ends(normed)
-        graph = helper.make_graph(
-            self.nodes,
-            "decoder",
-            [_value_info(t) for t in self.spec.inputs],
-            [_value_info(t) for t in self.spec.outputs],
-            list(self.initializers.values()),
-        )
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_FUSED, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="edgemed")
+        return self.writer.model(self.spec)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -138,14 +108,16 @@ class _Builder:
     def _embed(self, dtype: str) -> str:
         """Return [1, sequence, width]: embedding rows, or rows of image_tokens where the id is past the vocabulary."""
         c = self.config
-        table = self.constant("embedding.weight", self.tensor("embedding.weight", c.vocabulary, c.width).astype(dtype))
+        read = self.tensor("embedding.weight", c.vocabulary, c.width)
+        as_stored = read if dtype == "exact" else (lambda: as_float32(read()).astype(dtype))
+        table = self.writer.stored("embedding.weight", c.vocabulary * c.width, as_stored)
         vocabulary, zero = self.constant("vocabulary", np.array(c.vocabulary)), self.constant("zero", np.array(0))
         from_image = self.node("GreaterOrEqual", ["input_ids", vocabulary], "from_image")
         token = self.node("Where", [from_image, zero, "input_ids"], "token")
         shifted = self.node("Sub", ["input_ids", vocabulary], "shifted")
         row = self.node("Where", [from_image, shifted, zero], "row")
         text = self.node("Gather", [table, token], "text_rows", axis=0)
-        if dtype != "float32":
+        if dtype != "float32":  # a cast of float32 to itself costs nothing
             text = self.node("Cast", [text], "text_rows_fp32", to=TensorProto.FLOAT)
         image = self.node("Gather", ["image_tokens", row], "image_rows", axis=0)
         choose = self.node("Unsqueeze", [from_image, self.constant("last_axis", np.array([-1]))], "choose")
@@ -161,7 +133,7 @@ class _Builder:
             [qkv, "", "", f"past_key_{i}", f"past_value_{i}", *_LENGTHS, *_ROPE],
             p + "mixed",
             more_outputs=[f"present_key_{i}", f"present_value_{i}"],
-            domain=_FUSED,
+            domain=FUSED,
             num_heads=c.heads,
             kv_num_heads=c.kv_heads,
             do_rotary=1,
@@ -173,40 +145,78 @@ class _Builder:
             mixed, x = self._kept(mixed, p + "mixed_kept"), self._kept(x, p + "residual_kept")
         attended = self._linear(mixed, p + "out", c.width, c.heads * c.head_dim)
         normed, x = self._add_norm(attended, x, p + "mlp_norm")
-        gate_up = self._linear(normed, p + "gate_up", 2 * c.inner, c.width)
-        gate, up = p + "gate", p + "up"
-        self.node("Split", [gate_up], gate, more_outputs=[up], axis=-1, num_outputs=2)
-        silu = self.node("QuickGelu", [gate], p + "silu", domain=_FUSED, alpha=1.0)  # x * sigmoid(x)
-        inner = self.node("Mul", [silu, up], p + "inner")
-        mlp = self._linear(inner, p + "down", c.width, c.inner)
+        mlp = self._swiglu(normed, p) if self.experts[i] == 1 else self._mixture(normed, p + "mlp.", i)
         normed, x = self._add_norm(mlp, x, "norm" if last else f"layers.{i + 1}.attention_norm")
         return x, normed
 
+    def _swiglu(self, x: str, p: str) -> str:
+        """Return down(silu(gate(x)) * up(x)) with the weights under the prefix `p`, any shape [..., width]."""
+        c = self.config
+        gate_up = self._linear(x, p + "gate_up", 2 * c.inner, c.width)
+        gate, up = p + "gate", p + "up"
+        self.node("Split", [gate_up], gate, more_outputs=[up], axis=-1, num_outputs=2)
+        silu = self.node("QuickGelu", [gate], p + "silu", domain=FUSED, alpha=1.0)  # x * sigmoid(x)
+        inner = self.node("Mul", [silu, up], p + "inner")
+        return self._linear(inner, p + "down", c.width, c.inner)
+
+    def _mixture(self, x: str, p: str, i: int) -> str:
+        """Return [1, tokens, width]: each token through the one expert that the router prefers, times its probability.
+
+        Each expert gets its own tokens only. One that has none multiplies an empty matrix, for which the runtime reads
+        no weight: a decoding step costs one expert, a prefill as many products as a dense model. The router is never
+        rounded: margins of 2e-4 between two experts occur.
+        """
+        c, count = self.config, self.experts[i]
+        read = self.tensor(p + "router.weight", count, c.width)
+        router = self.writer.weight(p + "router.weight", count * c.width, lambda: read().T)
+        logits = self.node("MatMul", [x, router], p + "router.logits")
+        probabilities = self.node("Softmax", [logits], p + "router.probabilities", axis=-1)  # [1, tokens, experts]
+        last = i == c.layers - 1  # its tokens are cut to those that are returned already
+        self.routed.append(probabilities if last else self._kept(probabilities, p + "router.kept"))
+        chosen = self.node("ArgMax", [probabilities], p + "chosen", axis=-1, keepdims=0)  # [1, tokens]
+        best = self.node("ReduceMax", [probabilities, self.constant("last_axis", np.array([-1]))], p + "best")
+        rows = self.node("Squeeze", [x, self.constant("axis_0", np.array([0]))], p + "rows")  # [tokens, width]
+        first = self.node("Squeeze", [chosen, "axis_0"], p + "expert_of_row")  # [tokens]
+        places, parts = [], []
+        for e in range(count):
+            mine = self.node("Equal", [first, self.constant(f"expert_{e}", np.array(e))], f"{p}mine.{e}")
+            places.append(self.node("Transpose", [self.node("NonZero", [mine], f"{p}nonzero.{e}")], f"{p}places.{e}"))
+            own = self.node("GatherND", [rows, places[-1]], f"{p}own.{e}")  # [tokens of this expert, width]
+            parts.append(self._swiglu(own, f"{p}experts.{e}."))
+        order = self.node("Concat", places, p + "order", axis=0)  # [tokens, 1]
+        sorted_rows = self.node("Concat", parts, p + "by_expert", axis=0)
+        merged = self.node("ScatterND", [rows, order, sorted_rows], p + "merged")  # every row is replaced
+        whole = self.node("Unsqueeze", [merged, "axis_0"], p + "whole")
+        return self.node("Mul", [whole, best], p + "out")
+
     def _ends(self, hidden: str) -> None:
-        """Add the graph's outputs: hidden, logits and the box draft, all [1, kept, ...]."""
+        """Add the graph's outputs: hidden, logits, the box draft, what the routers said, all [1, kept, ...]."""
         c = self.config
         self.node("Identity", [hidden], "hidden")
         self._linear(hidden, "embedding" if c.tied else "head", c.vocabulary, c.width, stored="head", output="logits")
+        if self.routed:
+            axis = self.constant("axis_2", np.array([2]))
+            per_layer = [self.node("Unsqueeze", [r, axis], f"{r}.layer") for r in self.routed]
+            self.node("Concat", per_layer, "router", axis=2)
         if not self.draft:
             return
         rank = c.draft_rank
         mapped = self._linear(hidden, "box_draft.map", SIDES * rank, c.width)
         shape = self.constant("draft_shape", np.array([0, 0, SIDES, rank]))
         per_side = self.node("Reshape", [mapped, shape], "draft_per_side")  # [1, kept, 4, rank]
-        table = self.tensor("box_draft.table", c.bins, rank)
+        table = as_float32(self.tensor("box_draft.table", c.bins, rank)())
         scores = self.node("MatMul", [per_side, self.constant("box_draft.table", table.T)], "draft_scores")
         self.node("ArgMax", [scores], "box_draft", axis=-1, keepdims=0)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def _linear(self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "") -> str:
-        """Return x @ weight.T for the [rows, columns] tensor `name`.weight, stored transposed as MatMul wants it."""
-        matrix = self.tensor(f"{name}.weight", rows, columns).T
-        weight = self.constant(f"{stored or name}.weight", matrix)
-        return self.node("MatMul", [x, weight], output or f"{name}.output")
+        """Return x @ weight.T for the [rows, columns] tensor `name`.weight."""
+        read = self.tensor(f"{name}.weight", rows, columns)
+        return self.writer.matmul(x, f"{stored or name}.weight", rows, columns, read, output or f"{name}.output")
 
     def _norm(self, x: str, name: str) -> str:
-        scale = self.constant(f"{name}.weight", self.tensor(f"{name}.weight", self.config.width))
+        scale = self._scale(name)
         eps = self.config.norm_eps
         return self.node(
             "SimplifiedLayerNormalization", [x, scale], f"{name}.output", axis=-1, epsilon=eps, stash_type=1
@@ -214,14 +224,14 @@ class _Builder:
 
     def _add_norm(self, x: str, residual: str, name: str) -> tuple[str, str]:
         """Return (norm of x + residual, x + residual)."""
-        scale = self.constant(f"{name}.weight", self.tensor(f"{name}.weight", self.config.width))
+        scale = self._scale(name)
         total = f"{name}.sum"
         normed = self.node(
             "SkipSimplifiedLayerNormalization",
             [x, residual, scale],
             f"{name}.output",
             more_outputs=["", "", total],
-            domain=_FUSED,
+            domain=FUSED,
             epsilon=self.config.norm_eps,
         )
         return normed, total
@@ -231,29 +241,32 @@ class _Builder:
         end = self.constant("to_the_end", np.array([_TO_THE_END]))
         return self.node("Slice", [x, "logits_from", end, self.constant("axis_1", np.array([1]))], name)
 
-    def node(
-        self, op: str, inputs: Sequence[str], output: str, *, more_outputs: Sequence[str] = (), **attributes: Any
-    ) -> str:
-        """Add one node, named after its first output, and return that output."""
-        self.nodes.append(helper.make_node(op, inputs, [output, *more_outputs], name=output, **attributes))
-        return output
+    def _scale(self, name: str) -> str:
+        return self.constant(f"{name}.weight", as_float32(self.tensor(f"{name}.weight", self.config.width)()))
 
-    def constant(self, name: str, value: Array) -> str:
-        """Store `value` under `name` unless it is there already, and return the name."""
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
-        return name
+    def tensor(self, name: str, *shape: int) -> Callable[[], Array]:
+        """Return what reads the weight `name`, checked against `shape`."""
 
-    def tensor(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
-        """Return the weight `name` as float32, checked against `shape`."""
-        if name not in self.tensors:
-            raise InvalidInput(f"the checkpoint has no tensor {name}; this decoder needs {self.config.layers} layers")
-        value = np.asarray(self.tensors[name])
-        if value.shape != shape:
-            raise InvalidInput(f"tensor {name} is {list(value.shape)}; the decoder's config says {list(shape)}")
-        return value.astype(np.float32)
+        def read() -> Array:
+            if name not in self.tensors:
+                raise InvalidInput(
+                    f"the checkpoint has no tensor {name}; this decoder needs {self.config.layers} layers"
+                )
+            value = to_numpy(self.tensors[name])
+            if value.shape != shape:
+                raise InvalidInput(f"tensor {name} is {list(value.shape)}; the decoder's config says {list(shape)}")
+            return value
+
+        return read
 
 
-def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(tensor.name, kind, list(tensor.shape))
+def to_numpy(value: Any) -> Array:
+    """Return an array, or a torch tensor's values without a copy; bfloat16 as `ml_dtypes` has it."""
+    if isinstance(value, np.ndarray):
+        return value
+    import torch
+
+    value = value.detach()
+    if value.dtype == torch.bfloat16:
+        return np.asarray(value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(value.numpy())

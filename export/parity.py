@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from edgemed.backends import Runner, open_runner
+from edgemed.core import Scan
 from edgemed.dicom import read_scan
 from edgemed.errors import EdgemedError, NoInput
 from edgemed.families.native_regions import box_map
@@ -51,30 +52,37 @@ class Row:
     cosine: float
 
 
-def read_slices(folder: Path | None, most: int = 6) -> list[npt.NDArray[np.float32]]:
-    """Return model inputs [3, 256, 256] from the scans of `folder`, or from files inside the pydicom package.
+def read_scans(folder: Path | None, most: int = 6) -> list[Scan]:
+    """Return scans of `folder`, or of files inside the pydicom package; what is no scan is left out.
 
     Raises NoInput if there is none.
     """
     if folder is None:
         from pydicom.data import get_testdata_file
 
-        found = (get_testdata_file(name, download=False) for name in PUBLIC_SLICES)
-        paths = [Path(str(p)) for p in found if p]
+        found = [get_testdata_file(name, download=False) for name in PUBLIC_SLICES]
+        paths = [Path(str(path)) for path in found if path is not None]
     else:
-        paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    images: list[npt.NDArray[np.float32]] = []
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    scans: list[Scan] = []
     for path in paths:
-        if len(images) == most:
+        if len(scans) == most:
             break
         try:
-            scan = read_scan(path)
+            scans.append(read_scan(path))
         except EdgemedError:
             continue  # a folder may hold reports and other files beside its slices
+    if not scans:
+        raise NoInput(f"no slices to compare on in {folder or 'the pydicom package'}; pass a folder with DICOM files")
+    return scans
+
+
+def read_slices(folder: Path | None, most: int = 6) -> list[npt.NDArray[np.float32]]:
+    """Return native model inputs [3, 256, 256] of `read_scans`."""
+    images = []
+    for scan in read_scans(folder, most):
         shown = scan.shown(scan.first_frame)
         images.append(model_image(shown, model_view(shown, scan.modality, scan.pixel_spacing_mm)))
-    if not images:
-        raise NoInput(f"no slices to compare on in {folder or 'the pydicom package'}; pass a folder with DICOM files")
     return images
 
 
@@ -113,7 +121,7 @@ def compare(
     finally:
         for runner in runners.values():
             runner.close()
-    return [_row(graph, output, found) for (graph, output), found in pairs.items()]
+    return [row_of(graph, output, found) for (graph, output), found in pairs.items()]
 
 
 def _compare_decoder(model: NativeModel, runner: Runner, text: NativeText, rows: torch.Tensor, note: Any) -> None:
@@ -165,7 +173,8 @@ def _compare_masks(
     note("mask_decoder", "iou", iou, out["iou"])
 
 
-def _row(graph: str, output: str, found: Sequence[tuple[Array, Array]]) -> Row:
+def row_of(graph: str, output: str, found: Sequence[tuple[Array, Array]]) -> Row:
+    """Return one row from pairs of (expected, found) float64 arrays."""
     largest = max(float(np.abs(a - b).max()) for a, b in found)
     error = sum(float(((a - b) ** 2).sum()) for a, b in found) ** 0.5
     size = sum(float((a**2).sum()) for a, _ in found) ** 0.5

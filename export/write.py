@@ -18,24 +18,16 @@ from edgemed import __version__
 from edgemed.bundle import Bundle, write_bundle
 from edgemed.errors import BundleError
 from edgemed.export.card import model_card, notice_text
-from edgemed.export.native import native_graphs, native_specs
+from edgemed.export.native import native_graphs
 from edgemed.export.parity import Row, compare, read_slices
 from edgemed.families.native import TOKENIZER
 from edgemed.families.native_text import NativeText
-from edgemed.families.native_torch import FAMILY, load, read_config
+from edgemed.families.native_torch import DEMONSTRATION, FAMILY, load, native_specs, read_config
 
 FP32_LIMIT = 2e-3
 """Largest relative error of an fp32 graph's output. Measured: below 1e-4; more means that the graph is wrong."""
 INT8_COSINE = 0.999
 """Smallest cosine of the int8 decoder's logits with torch's."""
-
-
-DEMONSTRATION = {
-    "en": "Demonstration model, trained on few public images (mostly one abdominal CT; see the model card). "
-    "Not for diagnosis.",
-    "zh": "演示模型，仅用少量公开影像训练（主要为一例腹部CT，见模型说明）。不得用于诊断。",
-}
-"""What goes with every answer of a native bundle, in words and on overlays."""
 
 
 def write_native_bundle(

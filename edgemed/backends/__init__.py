@@ -7,7 +7,7 @@ library costs nothing until it is asked for. No back end ever falls back to anot
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,8 +53,12 @@ class Backend:
 
 BACKENDS: Mapping[str, Backend] = {
     "onnxruntime": Backend("edgemed.backends.onnxruntime_runner:OnnxRuntimeRunner", "onnxruntime", "cpu"),
+    "torch": Backend("edgemed.backends.torch_runner:TorchRunner", "torch", "export"),
 }
 """The back ends of this version. The first row is what "auto" means."""
+
+Artifact = Path | Callable[[], Any]
+"""What a Runner is made from: a graph's file, or what loads the module of a checkpoint (torch)."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ class Device:
 
 
 def open_runner(
-    backend: str, artifact: Path, spec: GraphSpec, *, device: str = "auto", threads: int | None = None
+    backend: str, artifact: Artifact, spec: GraphSpec, *, device: str = "auto", threads: int | None = None
 ) -> Runner:
-    """Return a Runner of the graph in file `artifact`, opened by `backend` ("auto": the first of the table).
+    """Return a Runner of the graph that `artifact` is, opened by `backend` ("auto": the first of the table).
 
     device: "auto", "cpu", "gpu" or "gpu:N". threads: CPU threads; None means one for each physical core.
 
@@ -78,20 +82,26 @@ def open_runner(
     wanted = device_from_text(device)
     if threads is not None and threads < 1:
         raise InvalidInput(f"threads is {threads}; a number above 0 was expected")
-    name = next(iter(BACKENDS)) if backend == "auto" else backend
+    row = find_backend(backend)
+    module, _, attribute = row.runner.partition(":")
+    make = getattr(importlib.import_module(module), attribute)
+    runner: Runner = make(artifact, spec, device=wanted, threads=threads)
+    return runner
+
+
+def find_backend(name: str) -> Backend:
+    """Return the row of a back end ("auto": the first) after importing its library. Raises BackendUnavailable."""
+    name = next(iter(BACKENDS)) if name == "auto" else name
     if name not in BACKENDS:
         raise BackendUnavailable(f"there is no back end {name!r} in this version; choose from: {', '.join(BACKENDS)}")
     row = BACKENDS[name]
-    module, _, attribute = row.runner.partition(":")
     try:
         importlib.import_module(row.library)
     except ImportError as error:
         raise BackendUnavailable(
             f"the {name} back end needs the {row.library!r} package; install the extra: edgemed[{row.extra}]"
         ) from error
-    make = getattr(importlib.import_module(module), attribute)
-    runner: Runner = make(artifact, spec, device=wanted, threads=threads)
-    return runner
+    return row
 
 
 def device_from_text(text: str) -> Device:

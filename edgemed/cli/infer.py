@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from edgemed.errors import BackendUnavailable, BatchPartlyFailed, BundleError, C
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from edgemed.core import Answer, Language, Prompt, PromptRegion, Scan
+    from edgemed.core import Answer, Language, Prompt, PromptRegion, Scan, Turn
     from edgemed.dicom import Reader
     from edgemed.infer import DecodeMode, Session
 
@@ -49,6 +49,16 @@ class Request:
     seed: int = 0
     folder: str | None = None
     overlay: bool = False
+    panels: bool = False
+    router: str | None = None
+    settings: tuple[str, ...] = ()
+    compat: str | None = None
+    task: str | None = None
+    prompts_file: str | None = None
+    labels: str | None = None
+    together: bool = False
+    chat: bool = False
+    beams: int = 1
     json: bool = False
     report: str | None = None
     quiet: bool = False
@@ -63,7 +73,7 @@ def check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> 
 
 
 @click.command("infer", short_help="Ask about scans.")
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, metavar="[INPUT...]")
 @click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT", help="The question; repeatable.")
 @click.option(
     "--region",
@@ -72,6 +82,19 @@ def check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> 
     metavar="REGION",
     help="A place that is asked about, in pixels of the shown frame; repeatable. "
     "box:x0,y0,x1,y1 or point:x,y or mask:FILE.png",
+)
+@click.option("--together", is_flag=True, help="Ask about all inputs in one question.")
+@click.option("--chat", is_flag=True, help="The prompts are turns of one conversation.")
+@click.option("--task", metavar="NAME", help="Whose base prompt goes with the question (families that have one).")
+@click.option("--prompts", "prompts_file", metavar="FILE", help="Base prompts from the owner's meta file.")
+@click.option("--labels", metavar="NAME|FILE", help="Labels of a classification.")
+@click.option("--compat", metavar="NAME", help="Whose quirks are kept: reference, corrected or release-cli.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the model's family; repeatable. 'edgemed models show BUNDLE' lists them.",
 )
 @click.option("--bundle", default="nano", show_default=True, metavar="NAME|FOLDER", help="The model to ask.")
 @click.option(
@@ -109,9 +132,14 @@ def check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the likeliest token."
 )
+@click.option(
+    "--beams", type=click.IntRange(1, 16), default=1, show_default=True, help="Above 1: beam search, at temperature 0."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0.")
 @click.option("-o", "folder", metavar="FOLDER", help="Write NAME.answer.json of each input there, made if missing.")
 @click.option("--overlay", is_flag=True, help="Write NAME.overlay.png into FOLDER (default: the current one).")
+@click.option("--panels", is_flag=True, help="Write NAME.panels.png: image, mask and both, side by side.")
+@click.option("--router", metavar="FILE", help="Write which expert each token went to (mixtures of experts), as JSON.")
 @click.option("--json", is_flag=True, help="Print JSON, one line per answer, instead of text.")
 @click.option("--report", metavar="FILE", help="Write what ran on what (versions, digests, timings) as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr; errors stay.")
@@ -119,8 +147,8 @@ def check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> 
 def command(**options: Any) -> None:
     """Ask about scans: an answer in words, boxes and pixel masks.
 
-    INPUT is a DICOM file, a PNG or a JPEG. Results go to stdout, notes to stderr. With several inputs the command goes
-    on after one that fails and ends with exit code 87.
+    INPUT is a DICOM file, a PNG or a JPEG; some families also answer without one. Results go to stdout, notes to
+    stderr. With several inputs the command goes on after one that fails and ends with exit code 87.
     """
     run(Request(**options))
 
@@ -138,31 +166,42 @@ def run(request: Request) -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     outputs = Outputs(request)
     failed = 0
+    groups = [request.inputs] if request.together or not request.inputs else [(path,) for path in request.inputs]
     with Reader() as reader:
         reader.start()
         opening = _open_in_background(request)
-        for path in request.inputs:
+        for paths in groups:
             started = time.perf_counter()
             try:
-                scan = reader.read(path, frame=request.frame, window=request.window)
-                prompts = _prompts(request, scan, reader)
+                scans = [reader.read(path, frame=request.frame, window=request.window) for path in paths]
+                prompts = _prompts(request, scans, reader)
             except (EdgemedError, MemoryError) as error:
-                failed += _tell(error, path, request)
+                failed += _tell(error, paths, request, groups)
                 continue
             read_ms = (time.perf_counter() - started) * 1000
             session = opening.result()
+            history: tuple[Turn, ...] = ()
             try:
                 for prompt in prompts:
-                    answer = _ask(session, scan, prompt, request, started, read_ms)
-                    outputs.write(answer, scan, prompt, path, notice=session.notice(prompt.language))
+                    prompt = replace(prompt, history=history)
+                    answer = _ask(session, scans, prompt, request, started, read_ms)
+                    outputs.write(answer, scans, prompt, paths, notice=session.notice(prompt.language))
                     started, read_ms = time.perf_counter(), 0.0  # a second question does not read the scan again
+                    if request.chat:
+                        history = (*history, _turn(prompt, answer))
             except (BundleError, BackendUnavailable, CannotWrite):
                 raise  # the next input would end in the same
             except (EdgemedError, MemoryError) as error:
-                failed += _tell(error, path, request)
+                failed += _tell(error, paths, request, groups)
     outputs.finish()
     if failed:
-        raise BatchPartlyFailed(f"{failed} of {len(request.inputs)} inputs failed; each is told above")
+        raise BatchPartlyFailed(f"{failed} of {len(groups)} inputs failed; each is told above")
+
+
+def _turn(prompt: Prompt, answer: Answer) -> Turn:
+    from edgemed.core import Turn
+
+    return Turn(prompt.text, answer.text, answer.tagged_text)
 
 
 def _keep_libraries_quiet() -> None:
@@ -191,21 +230,38 @@ def _open_in_background(request: Request) -> Future[Session]:
     return future
 
 
-def _prompts(request: Request, scan: Scan, reader: Reader) -> list[Prompt]:
-    """Return the questions with the regions they are about, checked against the scan."""
+def _prompts(request: Request, scans: Sequence[Scan], reader: Reader) -> list[Prompt]:
+    """Return the questions with the regions they are about, checked against the first scan."""
     from edgemed.cli.regions import read_region
     from edgemed.core import Prompt
     from edgemed.language import answer_language
 
-    regions: tuple[PromptRegion, ...] = tuple(read_region(text, scan, reader.read) for text in request.regions)
+    if request.regions and not scans:
+        raise EdgemedError("a region was given without an image; an INPUT was expected")
+    regions: tuple[PromptRegion, ...] = tuple(read_region(text, scans[0], reader.read) for text in request.regions)
     chosen: dict[str, Language] = {"en": "en", "zh": "zh"}
+    settings = _settings(request)
     return [
-        Prompt(text, regions, chosen.get(request.lang) or answer_language(text), request.frame)
+        Prompt(text, regions, chosen.get(request.lang) or answer_language(text), request.frame, settings=settings)
         for text in request.prompts
     ]
 
 
-def _ask(session: Session, scan: Scan, prompt: Prompt, request: Request, started: float, read_ms: float) -> Answer:
+def _settings(request: Request) -> dict[str, str]:
+    """Return the settings for the family: those of --set, and those that have an option of their own."""
+    settings: dict[str, str] = {}
+    for text in request.settings:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise EdgemedError(f"--set {text!r} has another form than NAME=VALUE")
+        settings[name] = value
+    own = {"compat": request.compat, "task": request.task, "prompts": request.prompts_file, "labels": request.labels}
+    return {**settings, **{name: value for name, value in own.items() if value is not None}}
+
+
+def _ask(
+    session: Session, scans: Sequence[Scan], prompt: Prompt, request: Request, started: float, read_ms: float
+) -> Answer:
     """Return the answer; its timings also tell reading and the time from `started` on."""
     from edgemed.infer import InferOptions
 
@@ -215,19 +271,21 @@ def _ask(session: Session, scan: Scan, prompt: Prompt, request: Request, started
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,
         seed=request.seed,
+        beams=request.beams,
+        router=request.router is not None,
     )
-    answer = session.ask(scan, prompt, options)
+    answer = session.ask(scans, prompt, options)
     total_ms = (time.perf_counter() - started) * 1000
     timings = {"read": read_ms, **answer.provenance.timings_ms, "total": total_ms}
     return replace(answer, provenance=replace(answer.provenance, timings_ms=timings))
 
 
-def _tell(error: BaseException, path: str, request: Request) -> int:
-    """Return 1 after telling on stderr that one of several inputs failed; raises `error` if it is the only input."""
-    if len(request.inputs) == 1:
+def _tell(error: BaseException, paths: Sequence[str], request: Request, groups: Sequence[Sequence[str]]) -> int:
+    """Return 1 after telling on stderr that one of several inputs failed; raises `error` if it is the only one."""
+    if len(groups) == 1:
         raise error
     line, code = describe(error)
-    place = "" if path in line else f"{path}: "
+    place = "" if paths[0] in line else f"{paths[0]}: "
     print(f"edgemed: {place}{line} (code {code})", file=sys.stderr)
     return 1
 
@@ -239,6 +297,7 @@ class Outputs:
         self._request = request
         self._folder = Path(request.folder or ".")
         self._entries: list[dict[str, Any]] = []
+        self._routed: list[dict[str, Any]] = []
         self._stems = _unused_stems()
         if request.folder is not None:
             try:
@@ -246,24 +305,36 @@ class Outputs:
             except OSError as error:
                 raise CannotWrite(f"cannot make the folder {request.folder}: {error.strerror or 'refused'}") from error
 
-    def write(self, answer: Answer, scan: Scan, prompt: Prompt, path: str, *, notice: str) -> None:
+    def write(
+        self, answer: Answer, scans: Sequence[Scan], prompt: Prompt, paths: Sequence[str], *, notice: str
+    ) -> None:
         """Print one answer and write the files that were asked for; raises CannotWrite."""
         from edgemed import report
 
         request = self._request
-        stem = self._stems(path)
+        path = paths[0] if paths else ""
+        scan = scans[0] if scans else None
+        stem = self._stems(path or "answer")
         written: dict[str, Path] = {}
-        if request.overlay:
-            written["overlay"] = self._folder / f"{stem}.overlay.png"
-            report.write_overlay(answer, scan, prompt, written["overlay"], notice=notice)
+        if scan is not None:
+            for kind, wanted, draw in (
+                ("overlay", request.overlay, report.write_overlay),
+                ("panels", request.panels, report.write_panels),
+            ):
+                if wanted:
+                    written[kind] = self._folder / f"{stem}.{kind}.png"
+                    draw(answer, scan, prompt, written[kind], notice=notice)
         line = ""
         if request.json or request.folder is not None:
-            line = _json_line(report.to_json(answer, scan, prompt, path=path, with_tokens=request.tokens))
+            more = list(zip(scans, paths, strict=True))[1:]
+            line = _json_line(report.to_json(answer, scan, prompt, path=path, more=more, with_tokens=request.tokens))
         if request.folder is not None:
             from edgemed.files import write_atomically
 
             written["json"] = self._folder / f"{stem}.answer.json"
             write_atomically(written["json"], line.encode())
+        if request.router is not None:
+            self._routed.append(report.to_router_report(answer, prompt))
         if request.report is not None:
             self._entries.append(report.to_run_report(answer, scan, prompt, source=path, outputs=written))
         sys.stdout.write(line if request.json else self._text(answer, scan, prompt, path, notice))
@@ -275,18 +346,24 @@ class Outputs:
                 print(f"wrote {file}", file=sys.stderr)
 
     def finish(self) -> None:
-        """Write the report of the run, if one was asked for."""
+        """Write the report of the run and what the routers said, if they were asked for."""
         if self._request.report is not None:
             from edgemed import report
 
             report.write_run_report(self._request.report, self._entries)
+        if self._request.router is not None:
+            import json
 
-    def _text(self, answer: Answer, scan: Scan, prompt: Prompt, path: str, notice: str) -> str:
+            from edgemed.files import write_atomically
+
+            write_atomically(Path(self._request.router), json.dumps(self._routed, indent=1).encode())
+
+    def _text(self, answer: Answer, scan: Scan | None, prompt: Prompt, path: str, notice: str) -> str:
         from edgemed import report
 
         text = report.to_text(answer, scan, prompt, notice=notice)
-        several = len(self._request.inputs) * len(self._request.prompts) > 1
-        return f"== {path}: {prompt.text}\n{text}\n" if several else text
+        several = max(len(self._request.inputs), 1) * len(self._request.prompts) > 1
+        return f"== {path + ': ' if path else ''}{prompt.text}\n{text}\n" if several else text
 
 
 def _json_line(answer: dict[str, Any]) -> str:

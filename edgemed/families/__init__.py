@@ -3,7 +3,7 @@
 A family is one file pair: the runtime half here (NumPy and a tokenizer, no torch), the build half `*_torch` beside it.
 `infer.Session` runs the graphs between the calls of `Family` and knows no family by name:
 
-    prepare         scan, prompt        -> Prepared      feeds of vision_encoder and projector
+    prepare         scans, prompt       -> Prepared      feeds of vision_encoder and projector; none without a scan
     ask             features, tokens    -> Question      prompt ids, grammar, what the decoder is fed with each call
     mask_feeds      what was written    -> feeds         of mask_decoder, one batch after another; none without one
     read_answer     text and masks      -> Reading       text, places in scan pixels, notes
@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from edgemed.box_grammar import Grammar
 from edgemed.bundle import Bundle
-from edgemed.core import Language, Prompt, Region, Scan
-from edgemed.errors import BundleError
+from edgemed.core import Answer, Finding, Language, Prompt, Region, Scan
+from edgemed.errors import BundleError, EdgemedError, InvalidInput
 from edgemed.graphs import Feeds, GraphSpec
 
 Array = npt.NDArray[Any]
@@ -48,19 +48,24 @@ class Prepared:
 class Question:
     """What the decoder starts from: ids, feeds that every call repeats, the grammar, the ids decoding must know.
 
-    keep_hidden: where one of these ids goes in, the decoder's hidden state is kept for the mask decoder.
+    keep_hidden: where one of these ids goes in, the decoder's hidden state is kept for the mask decoder; None: at every
+    position. Without prompt ids nothing is decoded: the mask decoder alone answers.
     """
 
     prompt_ids: Sequence[int]
     fixed: Feeds
     grammar: Grammar[Any]
     eos_id: int
-    keep_hidden: frozenset[int] = frozenset()
+    keep_hidden: frozenset[int] | None = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """What the decoder wrote: ids without the end token, their log-probabilities, hidden states by index in ids."""
+    """What the decoder wrote: ids without the end token, their log-probabilities, and hidden states.
+
+    hidden[i] is the state where ids[i] went in, so that it predicts ids[i + 1]; hidden[-1] is that of the prompt's last
+    token.
+    """
 
     ids: Sequence[int]
     log_probs: Sequence[float]
@@ -70,12 +75,14 @@ class Written:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """An answer in scan pixels, before provenance. notes: what was left out of it and why, one line each."""
+    """An answer in scan pixels, before provenance; fields as in `core.Answer`."""
 
     text: str
     tagged_text: str
     regions: tuple[Region, ...]
     notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 class Family(Protocol):
@@ -84,8 +91,20 @@ class Family(Protocol):
     def graphs(self) -> Mapping[str, GraphSpec]:
         """Return the GraphSpec of each graph the family runs, by role."""
 
-    def prepare(self, scan: Scan, prompt: Prompt) -> Prepared:
-        """Return the first feeds. Raises InvalidInput if the prompt's frame or regions do not fit the scan."""
+    def settings(self) -> Mapping[str, str]:
+        """Return the settings a Prompt may hold: name -> what it may be and what it does, for a help text."""
+
+    def lead_in(self, prompt: Prompt) -> Prompt | None:
+        """Return a question to ask before `prompt` about the same scans, or None: the usual case."""
+
+    def follow_up(self, prompt: Prompt, first: Answer) -> Prompt:
+        """Return `prompt` with what the answer to its `lead_in` tells."""
+
+    def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
+        """Return the first feeds.
+
+        Raises InvalidInput if the number of scans, the prompt's frame, its regions or its settings do not fit.
+        """
 
     def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
         """Return the question; projected: the projector's outputs. Unless `constrained`, any token may follow any."""
@@ -94,7 +113,13 @@ class Family(Protocol):
         """Return the feeds of mask_decoder beside the features, batch by batch; () if nothing is to be outlined."""
 
     def read_answer(
-        self, scan: Scan, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written, masks: Sequence[Feeds]
+        self,
+        scans: Sequence[Scan],
+        prompt: Prompt,
+        prepared: Prepared,
+        projected: Feeds,
+        written: Written,
+        masks: Sequence[Feeds],
     ) -> Reading:
         """Return the answer; masks: the mask decoder's outputs for each of `mask_feeds`. Never raises on odd text."""
 
@@ -104,6 +129,8 @@ class Family(Protocol):
 
 FAMILIES: Mapping[str, str] = {
     "native": "edgemed.families.native:Native",
+    "medrega": "edgemed.families.medrega:MedRega",
+    "medplib": "edgemed.families.medplib:Medplib",
 }
 """Name in a manifest -> "module:class" of the runtime half, imported on use."""
 
@@ -116,3 +143,40 @@ def open_family(bundle: Bundle) -> Family:
     module, _, attribute = FAMILIES[name].partition(":")
     family: Family = getattr(importlib.import_module(module), attribute)(bundle)
     return family
+
+
+class SingleQuestions:
+    """What most families do before a question: nothing."""
+
+    def lead_in(self, prompt: Prompt) -> Prompt | None:
+        """Return None."""
+        return None
+
+    def follow_up(self, prompt: Prompt, first: Answer) -> Prompt:
+        """Return `prompt` as it is."""
+        return prompt
+
+
+def check_settings(prompt: Prompt, known: Mapping[str, str], family: str) -> None:
+    """Raise InvalidInput naming the first setting of `prompt` that the family does not have."""
+    for name in prompt.settings:
+        if name not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise InvalidInput(f"the family {family} has no setting {name!r}; {has}")
+
+
+def chosen(prompt: Prompt, name: str, allowed: Sequence[str], default: str) -> str:
+    """Return the setting `name` of `prompt`, or `default`. Raises InvalidInput if it is none of `allowed`."""
+    value = prompt.settings.get(name, default)
+    if value not in allowed:
+        raise InvalidInput(f"{name} is {value!r}; one of {', '.join(allowed)} was expected")
+    return value
+
+
+def one_scan(scans: Sequence[Scan], family: str) -> Scan:
+    """Return the only scan. Raises InvalidInput if there are more, EdgemedError (usage) if there is none."""
+    if not scans:
+        raise EdgemedError(f"an INPUT is missing: the family {family} answers about an image")
+    if len(scans) != 1:
+        raise InvalidInput(f"{len(scans)} images were given; the family {family} answers about one image at a time")
+    return scans[0]

@@ -146,20 +146,29 @@ def read_tower_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]
     Only the last part of the path in `mm_vision_tower` (or `vision_tower`) counts: the published one is absolute and of
     the authors' machine. Raises CannotRead or InvalidInput if the file is there but cannot be read.
     """
+    return _tower_file(folder, config, "config.json")
+
+
+def read_preprocessor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the CLIP tower's preprocessor_config.json, or {} where it is not there; errors as `read_tower_config`."""
+    return _tower_file(folder, config, "preprocessor_config.json") or {}
+
+
+def _tower_file(folder: Path, config: Mapping[str, Any], file_name: str) -> dict[str, Any] | None:
     named = config.get("mm_vision_tower") or config.get("vision_tower")
     if not isinstance(named, str) or (name := re.split(r"[/\\]", named.rstrip("/\\"))[-1]) in ("", ".", ".."):
         return None
-    file = folder / name / "config.json"
+    file = folder / name / file_name
     if not file.is_file():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CannotRead(f"{name}/config.json of the CLIP tower cannot be read: {error.strerror}") from error
+        raise CannotRead(f"{name}/{file_name} of the CLIP tower cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise InvalidInput(f"{name}/config.json of the CLIP tower is not JSON: {error}") from error
+        raise InvalidInput(f"{name}/{file_name} of the CLIP tower is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise InvalidInput(f"{name}/config.json of the CLIP tower holds no object with keys")
+        raise InvalidInput(f"{name}/{file_name} of the CLIP tower holds no object with keys")
     return found
 
 

@@ -189,6 +189,12 @@ class MedplibText:
         """Return the answer as the published code shows it: `<SEG>` stays, `</s>` does not."""
         return self.tokens.decode(self.cut(ids), skip_special=True).strip()
 
+    def untagged(self, shown: str) -> str:
+        """Return what `shown` returned without the family's tokens, as it is read."""
+        for token in self.tokens.added:
+            shown = shown.replace(token.content, " ")
+        return re.sub(r"\s+([.,;:!?])", r"\1", re.sub(r"\s+", " ", shown)).strip()
+
     def seg_steps(self, ids: Sequence[int], compat: Compat = "reference") -> tuple[int, ...]:
         """Return the steps whose final hidden state makes a mask, one for each mask; none without `<SEG>`.
 

@@ -10,6 +10,7 @@ Source of the keys: github ShawnHuang497/MedPLIB at 5ab54bc; proven against test
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,28 @@ from edgemed.errors import InvalidInput
 from edgemed.families.medplib_config import (
     CLIP_PREFIX,
     COMPAT,
+    FAMILY,
     LanguageConfig,
     MedplibConfig,
     read_config,
+    read_preprocessor,
     read_tower_config,
 )
-from edgemed.families.published_torch import Piece, PublishedTensors
+from edgemed.families.medplib_view import view_of
+from edgemed.families.published_tokenizer import convert
+from edgemed.families.published_tokens import TOKENIZER, Generation
+from edgemed.families.published_torch import Piece, Published, PublishedTensors
+from edgemed.families.specs import decoder_spec
+from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 from edgemed.models.clip_vit import ClipVit, ClipVitConfig
 from edgemed.models.llama import LlamaConfig
 from edgemed.models.moe import MoeLlama
 from edgemed.models.sam_med2d import ImageEncoder, PromptEncoder, SamMaskDecoder, SamMed2dConfig, config_from_shapes
+
+MAX_REGIONS = 16
+MAX_PROMPTS = 16
+MAX_POINTS = 16
+_GENERATION: Generation = "4.31"  # of the library whose tokenizer the released model was trained with
 
 _SAM_PREFIX = "model.visual_model."
 _HEAD = "lm_head.weight"
@@ -79,13 +92,14 @@ class VisionEncoder(nn.Module):
         )  # fmt: skip
         self.sam = ImageEncoder(sam)
 
-    def forward(self, clip_image: Tensor, sam_image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (image_features [1, patches, tower width], mask_features [1, mask width, grid, grid]).
+    def forward(self, clip_image: Tensor, sam_image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (image_features [1, patches, tower width], mask_features [1, mask width, grid, grid], last_features).
 
+        last_features [1, patches, tower width] leave the tower's last layer; image retrieval compares their mean.
         clip_image: [1, 3, 336, 336]; sam_image: [1, 3, 256, 256], both normalised, sizes as published.
         """
-        features: Tensor = self.clip.patch_features(clip_image, self.select_layer)
-        return features, self.sam(sam_image)
+        features, last = self.clip.two_patch_features(clip_image, self.select_layer)
+        return features, self.sam(sam_image), last
 
 
 class Projector(nn.Module):
@@ -186,6 +200,93 @@ def load(checkpoint: Checkpoint, compat: str = COMPAT[0], dtype: torch.dtype = t
         }
         model.get_submodule(role).load_state_dict(state, assign=True)
     return model.eval()
+
+
+def describe(checkpoint: Checkpoint, compat: str = COMPAT[0], cache: int | None = None) -> Published:
+    """Return what the export and the torch back end need; of the weights only the rotary frequencies are read.
+
+    compat: what an answer follows where the prompt does not say. cache: tokens of prompt and answer together, default
+    the model's context.
+
+    Raises InvalidInput naming the key where config, weights and tokenizer do not fit each other.
+    """
+    if compat not in COMPAT:
+        raise InvalidInput(f"compat is {compat!r}, expected one of {', '.join(COMPAT)}")
+    model = build(*read_sizes(checkpoint))
+    config, sam = model.config, model.sam
+    view, fell_back = view_of(
+        read_preprocessor(checkpoint.folder, checkpoint.config), patch=config.tower.patch_px, sam_side=sam.side
+    )
+    if view.clip_side != config.tower.side_px:
+        raise InvalidInput(
+            f"preprocessor_config.json: crop_size is {view.clip_side}, expected the tower's image_size, "
+            f"{config.tower.side_px}"
+        )
+    missing = (*config.fell_back, *(f"{key} of preprocessor_config.json" for key in fell_back))
+    return Published(
+        family=FAMILY,
+        specs=specs(config, sam, cache or config.language.context),
+        files={TOKENIZER: convert(checkpoint.folder, _GENERATION).encode()},
+        settings={"compat": compat, "view": asdict(view)},
+        notes=(*(f"config.json lacks {key}; the published value is used" for key in missing), *config.notes),
+        modules=dict(model.named_children()),
+        tensors=published_tensors(checkpoint, model),
+        decoder=model.decoder.config,
+        experts=config.language.experts,
+        kept_fp32=_KEPT_FP32,
+    )
+
+
+def specs(config: MedplibConfig, sam: SamMed2dConfig, cache: int) -> dict[str, GraphSpec]:
+    """Return the GraphSpecs of the four graphs, by role."""
+    f, t = "float32", TensorSpec
+    width, patches = config.language.width, config.image_tokens
+    features = t("image_features", f, (1, patches, config.tower.width))
+    masks = t("mask_features", f, (1, config.mask_width, sam.grid, sam.grid))
+    regions = DimRange(1, 1, MAX_REGIONS)
+    low = sam.mask_side
+    return {
+        "vision_encoder": GraphSpec(
+            "vision_encoder",
+            (
+                t("clip_image", f, (1, 3, config.tower.side_px, config.tower.side_px)),
+                t("sam_image", f, (1, 3, sam.side, sam.side)),
+            ),
+            (features, masks, t("last_features", f, (1, patches, config.tower.width))),
+        ),
+        "projector": GraphSpec(
+            "projector",
+            (features, t("region_weights", f, ("regions", patches))),
+            (t("image_tokens", f, (patches, width)), t("region_tokens", f, ("regions", width))),
+            {"regions": regions},
+        ),
+        "decoder": decoder_spec(
+            llama_config(config.language),
+            image_rows=DimRange(1, patches, patches + MAX_REGIONS),
+            cache=cache,
+            draft=False,
+            experts=config.language.experts,
+        ),
+        "mask_decoder": GraphSpec(
+            "mask_decoder",
+            (
+                masks,
+                t("seg_hidden", f, ("prompts", width)),
+                t("has_seg", f, ("prompts",)),
+                t("boxes", f, ("prompts", 4)),
+                t("has_box", f, ("prompts",)),
+                t("points", f, ("prompts", "points", 2)),
+                t("point_labels", "int64", ("prompts", "points")),
+                t("mask_prompts", f, ("prompts", low, low)),
+                t("has_mask", f, ("prompts",)),
+            ),
+            (
+                t("mask_logits", f, ("prompts", sam.mask_tokens, low, low)),
+                t("iou", f, ("prompts", sam.mask_tokens)),
+            ),
+            {"prompts": DimRange(1, 1, MAX_PROMPTS), "points": DimRange(1, 1, MAX_POINTS)},
+        ),
+    }
 
 
 def read_sizes(checkpoint: Checkpoint) -> tuple[MedplibConfig, SamMed2dConfig]:

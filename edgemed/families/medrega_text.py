@@ -2,8 +2,7 @@
 
 Covers the Hermes-2 template with MedRegA's own system message, image placeholders, the two prompt orders, history,
 labelled images, tiles, training targets, boxes as text and the parsing of answers. Does not cover the tokenizer
-(`published_tokens`), pixels (`medrega_view`), or the authors' task prompts, which are not shipped: `BASE_PROMPTS` is
-our own wording, and `AUTHORS_PROMPTS` holds hashes to recognise theirs by.
+(`published_tokens`), pixels (`medrega_view`), or what is asked in which words (`medrega_prompts`).
 
 An answer names places as
 
@@ -18,20 +17,16 @@ Source: github xmed-lab/MedRegA at dfdb0db; tests/reference/medrega-tiny.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgemed.core import Language
 from edgemed.errors import InvalidInput
 from edgemed.families.medrega_view import BOX_SCALE, NormBox
 from edgemed.families.published_tokens import PublishedTokens
 
 __all__ = [
-    "AUTHORS_PROMPTS",
-    "BASE_PROMPTS",
     "Found",
     "Item",
     "MedRegaText",
@@ -43,11 +38,9 @@ __all__ = [
     "parse",
     "place_text",
     "plain",
-    "prompt_source",
 ]
 
 Order = Literal["demo", "training"]
-Task = Literal["vqa", "report", "classification", "text2region", "region2text", "grounded_report"]
 
 IMAGE = "<image>"
 """Stands for one image in a question; `MedRegaText` puts the image's tokens there."""
@@ -57,46 +50,6 @@ SYSTEM_MESSAGE = "Answer the questions."
 
 IGNORED = -100
 """The training label of a position without a target."""
-
-BASE_PROMPTS: Mapping[tuple[Task, Language], str] = {
-    ("vqa", "en"): "You are a medical assistant. Answer the question about the image.",
-    ("vqa", "zh"): "请根据医学图像回答问题。",
-    ("report", "en"): "You are a radiologist. Write the report of the image: findings first, then the impression.",
-    ("report", "zh"): "你是一名放射科医生。请为图像撰写报告，包括影像诊断和影像结论两部分。",
-    ("classification", "en"): "You are a medical assistant. Name the diagnoses that the image shows.",
-    ("classification", "zh"): "请判断医学图像中的疾病类别。",
-    ("text2region", "en"): "Locate the named objects. A box is [x1, y1, x2, y2], left top to right bottom, 0 to 999.",
-    ("text2region", "zh"): "请定位所指的目标。检测框为[x1, y1, x2, y2]，左上角到右下角，取值从0到999。",
-    ("region2text", "en"): "Name what is in the box. A box is [x1, y1, x2, y2], left top to right bottom, 0 to 999.",
-    ("region2text", "zh"): "请识别框中的内容。检测框为[x1, y1, x2, y2]，左上角到右下角，取值从0到999。",
-    ("grounded_report", "en"): "Locate each object and describe it. A box is [x1, y1, x2, y2] with 0 to 999.",
-    ("grounded_report", "zh"): "请定位各个目标并描述其情况。检测框为[x1, y1, x2, y2]，取值从0到999。",
-}
-"""Our default for the part of a prompt that says what the task is."""
-
-AUTHORS_PROMPTS: Mapping[str, tuple[str, int, str]] = {
-    "vqa": ("en", 104, "db4d64e1c303a18d"),
-    "vqa_multiple_choice": ("en", 155, "84b8b3e4f9e25905"),
-    "report_iuxray": ("en", 209, "2f160414c38b2813"),
-    "report_mimiccxr": ("en", 292, "babfbe653d4d54b3"),
-    "text2region": ("en", 619, "258bd9f65ca76cf9"),
-    "text2region_demo": ("en", 473, "2fcb4adb52f68bc0"),
-    "region2text": ("en", 332, "cc3de5488ef92c48"),
-    "grounded_report": ("en", 536, "757992935a91740f"),
-    "vqa_zh": ("zh", 23, "7ff3c7ed38af0e10"),
-    "report_zh": ("zh", 77, "f51318a8fd4798ed"),
-    "grounded_report_zh": ("zh", 166, "666f5fc85906c50b"),
-}
-"""Name -> language, characters, first 16 hex digits of the SHA-256 (UTF-8) of a base prompt of the authors.
-
-A site that has their files can pass the text itself; `prompt_source` tells which it is.
-"""
-
-
-def prompt_source(base_prompt: str) -> str | None:
-    """Return the name of the authors' base prompt that this text is, byte for byte, or None."""
-    digest = hashlib.sha256(base_prompt.encode()).hexdigest()[:16]
-    return next((name for name, (_, _, known) in AUTHORS_PROMPTS.items() if known == digest), None)
 
 
 def order(base_prompt: str, question: str, which: Order = "demo") -> str:

@@ -16,14 +16,23 @@ from torch import nn
 
 from edgemed.checkpoints import Checkpoint, check_keys
 from edgemed.errors import InvalidInput
-from edgemed.families.medrega_config import LanguageConfig, MedRegaConfig, read_config
-from edgemed.families.published_torch import Piece, PublishedTensors
+from edgemed.families.medrega_config import FAMILY, LanguageConfig, MedRegaConfig, read_config
+from edgemed.families.published_tokenizer import convert
+from edgemed.families.published_tokens import TOKENIZER, Generation
+from edgemed.families.published_torch import Piece, Published, PublishedTensors
+from edgemed.families.specs import decoder_spec
+from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 from edgemed.models.intern_vit import InternViT, InternViTConfig
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.pixel_shuffle_projector import PixelShuffleProjector
 
 COMPAT = ("reference", "corrected")
 """Values of `compat`. They give the same modules: what differs lies in the pixels, the text and the boxes."""
+
+MAX_TILES = 16
+"""Tiles of one question, all its images together."""
+_TEMPLATE = "Hermes-2"
+_GENERATION: Generation = "4.37"  # of the library whose tokenizer the released model was trained and shown with
 
 _DERIVED = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Buffers that some versions of the authors' libraries save; they follow from rope_theta."""
@@ -78,6 +87,63 @@ def load(checkpoint: Checkpoint, compat: str = "reference", dtype: torch.dtype =
         state = {name: tensors[name].to(dtype, copy=True) for name in tensors}
         modules.get_submodule(role).load_state_dict(state, assign=True)
     return modules.eval()
+
+
+def describe(checkpoint: Checkpoint, compat: str = "reference", cache: int | None = None) -> Published:
+    """Return what the export and the torch back end need; no weight is read.
+
+    compat: what an answer follows where the prompt does not say. cache: tokens of prompt and answer together, default
+    the model's context.
+
+    Raises InvalidInput naming the key where config, weights and tokenizer do not fit each other, or this version lacks
+    what the config asks for.
+    """
+    if compat not in COMPAT:
+        raise InvalidInput(f"compat is {compat!r}, expected one of {', '.join(COMPAT)}")
+    config = read_config(checkpoint.config)
+    if config.template != _TEMPLATE:
+        raise InvalidInput(f"config.json: template is {config.template!r}, expected {_TEMPLATE!r}")
+    modules = build(config)
+    settings = {
+        "compat": compat,
+        "image_tokens": config.tile_tokens,
+        "view": {
+            "side": config.side_px,
+            "pad_to_square": config.pad_to_square,
+            "tiled": config.tiled,
+            "min_tiles": config.min_tiles,
+            "max_tiles": config.max_tiles,
+            "thumbnail": config.thumbnail,
+        },
+    }
+    return Published(
+        family=FAMILY,
+        specs=specs(config, cache or config.language.context),
+        files={TOKENIZER: convert(checkpoint.folder, _GENERATION).encode()},
+        settings=settings,
+        notes=tuple(f"config.json lacks {key}; the published value is used" for key in config.fell_back),
+        modules=dict(modules.named_children()),
+        tensors=published_tensors(checkpoint, config),
+        decoder=modules.decoder.config,
+        experts=(1,) * config.language.layers,
+    )
+
+
+def specs(config: MedRegaConfig, cache: int) -> dict[str, GraphSpec]:
+    """Return the GraphSpecs of the three graphs, by role."""
+    f, t = "float32", TensorSpec
+    patches = (config.side_px // config.vision.patch_px) ** 2
+    features = t("image_features", f, ("tiles", patches, config.vision.width))
+    tiles = DimRange(1, 1, MAX_TILES)
+    rows = DimRange(config.tile_tokens, config.tile_tokens, config.tile_tokens * MAX_TILES)
+    image = t("image", f, ("tiles", 3, config.side_px, config.side_px))
+    tokens = t("image_tokens", f, ("rows", config.language.width))
+    any_rows = DimRange(1, rows.opt, rows.max)
+    return {
+        "vision_encoder": GraphSpec("vision_encoder", (image,), (features,), {"tiles": tiles}),
+        "projector": GraphSpec("projector", (features,), (tokens,), {"tiles": tiles, "rows": rows}),
+        "decoder": decoder_spec(llama_config(config.language), image_rows=any_rows, cache=cache, draft=False),
+    }
 
 
 def build(config: MedRegaConfig) -> MedRegaModel:

@@ -19,7 +19,7 @@ from edgemed.box_grammar import BoxGrammar, BoxTokens, FreeGrammar, Grammar
 from edgemed.bundle import Bundle
 from edgemed.core import Box, Language, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import BundleError, InvalidInput
-from edgemed.families import Prepared, Question, Reading, Written
+from edgemed.families import Prepared, Question, Reading, SingleQuestions, Written, check_settings, one_scan
 from edgemed.families.native_lexicon import STRUCTURES, structure_of, structures_in
 from edgemed.families.native_masks import prompt_of_answer, prompt_of_region, stacked
 from edgemed.families.native_regions import (
@@ -89,7 +89,7 @@ class _Spot:
         return box, seg, structure_of(self.place.name)
 
 
-class Native:
+class Native(SingleQuestions):
     """The native family over one bundle; see `families.Family`."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -128,13 +128,22 @@ class Native:
         """Return the sentence that goes with every answer: the bundle's own, else NOTICE."""
         return self._notice[language]
 
-    def prepare(self, scan: Scan, prompt: Prompt) -> Prepared:
+    def settings(self) -> Mapping[str, str]:
+        """Return nothing: there is one way to ask."""
+        return {}
+
+    def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
         """Return the feeds of vision_encoder and projector; the state is the View.
 
         Where a region reaches out of the crop the model looks at, the model looks at the whole frame.
 
-        Raises InvalidInput if the frame was not read or a region is empty or outside the scan.
+        Raises InvalidInput if there is not exactly one scan, the frame was not read, a region is empty or outside the
+        scan, or the prompt has a history or settings.
         """
+        scan = one_scan(scans, "native")
+        check_settings(prompt, self.settings(), "native")
+        if prompt.history:
+            raise InvalidInput("the family native answers single questions; ask without the earlier ones")
         shown = scan.shown(prompt.frame)
         for region in prompt.regions:
             check_region(region, scan.rows, scan.columns)
@@ -201,7 +210,13 @@ class Native:
         return tuple(stacked(prompts[i : i + batch], width) for i in range(0, len(prompts), batch))
 
     def read_answer(
-        self, scan: Scan, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written, masks: Sequence[Feeds]
+        self,
+        scans: Sequence[Scan],
+        prompt: Prompt,
+        prepared: Prepared,
+        projected: Feeds,
+        written: Written,
+        masks: Sequence[Feeds],
     ) -> Reading:
         """Return text and places in scan pixels; one that is malformed or outside the scan is left out, with a note."""
         logits = [row for out in masks for row in out["mask_logits"]]  # each [SIDE, SIDE]

@@ -1,4 +1,4 @@
-"""Build half of the native family: the four modules, and the checkpoint folder they are saved in and loaded from.
+"""Build half of the native family: the four modules, their GraphSpecs, and the checkpoint folder they are saved in.
 
 A checkpoint folder holds `config.json` (family, sizes, what it was trained on), `model.safetensors` and
 `tokenizer.json`.
@@ -15,15 +15,32 @@ from typing import Any
 
 from torch import nn
 
+from edgemed.checkpoints import Checkpoint
 from edgemed.errors import CannotRead, InvalidInput
+from edgemed.families.native import TOKENIZER
+from edgemed.families.published_torch import Piece, Published, PublishedTensors
+from edgemed.families.specs import decoder_spec
 from edgemed.files import write_atomically
+from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.mask_decoder import MaskDecoder
-from edgemed.models.projector import Projector
+from edgemed.models.projector import ROWS, Projector
 from edgemed.models.structure_head import StructureConfig
-from edgemed.models.tiny_vit import TinyViT
+from edgemed.models.tiny_vit import CHANNELS, GRID, SIDE, TinyViT
 
 FAMILY = "native"
+
+MAX_REGIONS = 16
+MAX_PROMPTS = 24
+MAX_POINTS = 16
+CACHE = 1024
+
+DEMONSTRATION = {
+    "en": "Demonstration model, trained on few public images (mostly one abdominal CT; see the model card). "
+    "Not for diagnosis.",
+    "zh": "演示模型，仅用少量公开影像训练（主要为一例腹部CT，见模型说明）。不得用于诊断。",
+}
+"""What goes with every answer of a native model, in words and on overlays."""
 
 
 class NativeModel(nn.Module):
@@ -79,16 +96,97 @@ def load(folder: Path) -> NativeModel:
         tensors = load_file(folder / "model.safetensors")
     except OSError as error:
         raise CannotRead(f"checkpoint {folder}: model.safetensors cannot be read: {error.strerror}") from error
-    own = model.state_dict()
-    for key in sorted(set(own) | set(tensors)):
-        if key not in tensors or key not in own:
-            raise InvalidInput(f"checkpoint {folder}: weight {key} is {'missing' if key in own else 'unknown'}")
-        if own[key].shape != tensors[key].shape:
-            raise InvalidInput(
-                f"checkpoint {folder}: weight {key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}"
-            )
+    _check_shapes(
+        folder,
+        {key: tuple(weight.shape) for key, weight in model.state_dict().items()},
+        {key: tuple(weight.shape) for key, weight in tensors.items()},
+    )
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def _check_shapes(folder: Path, own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    for key in sorted(set(own) | set(found)):
+        if key not in found or key not in own:
+            raise InvalidInput(f"checkpoint {folder}: weight {key} is {'missing' if key in own else 'unknown'}")
+        if own[key] != found[key]:
+            raise InvalidInput(f"checkpoint {folder}: weight {key} is {list(found[key])}, expected {list(own[key])}")
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CannotRead(f"{file} cannot be read: {error.strerror or 'refused'}; a checkpoint has it") from error
+
+
+def native_specs(model: NativeModel, cache: int = CACHE) -> dict[str, GraphSpec]:
+    """Return the GraphSpecs of the four graphs, by role."""
+    width = model.decoder.config.width
+    structures = model.projector.head.config.structures
+    f, t = "float32", TensorSpec
+    features = t("image_features", f, (1, CHANNELS, GRID, GRID))
+    return {
+        "vision_encoder": GraphSpec("vision_encoder", (t("image", f, (1, 3, SIDE, SIDE)),), (features,)),
+        "projector": GraphSpec(
+            "projector",
+            (features, t("region_maps", f, ("regions", GRID, GRID))),
+            (
+                t("image_tokens", f, (ROWS, width)),
+                t("region_tokens", f, ("regions", width)),
+                t("presence", f, (structures,)),
+                t("boxes", f, (structures, 4)),
+                t("structure_maps", f, (structures, GRID, GRID)),
+            ),
+            {"regions": DimRange(1, 1, MAX_REGIONS)},
+        ),
+        "decoder": decoder_spec(model.decoder.config, image_rows=DimRange(1, ROWS, ROWS + MAX_REGIONS), cache=cache),
+        "mask_decoder": GraphSpec(
+            "mask_decoder",
+            (
+                features,
+                t("boxes", f, ("prompts", 4)),
+                t("has_box", f, ("prompts",)),
+                t("points", f, ("prompts", "points", 2)),
+                t("point_labels", "int64", ("prompts", "points")),
+                t("mask_prompts", f, ("prompts", SIDE, SIDE)),
+                t("has_mask", f, ("prompts",)),
+                t("seg_hidden", f, ("prompts", width)),
+                t("has_seg", f, ("prompts",)),
+            ),
+            (t("mask_logits", f, ("prompts", SIDE, SIDE)), t("iou", f, ("prompts",))),
+            {"prompts": DimRange(1, 1, MAX_PROMPTS), "points": DimRange(1, 1, MAX_POINTS)},
+        ),
+    }
+
+
+def describe(checkpoint: Checkpoint, cache: int | None = None) -> Published:
+    """Return what the torch back end needs, in the form of the published families; no weight is read.
+
+    cache: tokens of prompt and answer together, default CACHE. The modules are small: they have memory already.
+
+    Raises InvalidInput naming the key where config and weights do not fit each other.
+    """
+    model = build(checkpoint.config)
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    _check_shapes(checkpoint.folder, shapes, {name: checkpoint.shape(name) for name in checkpoint.names})
+    tensors = {
+        role: PublishedTensors(
+            checkpoint, {name: (Piece(f"{role}.{name}", shapes[f"{role}.{name}"]),) for name in module.state_dict()}
+        )
+        for role, module in model.named_children()
+    }
+    return Published(
+        family=FAMILY,
+        specs=native_specs(model, cache or CACHE),
+        files={TOKENIZER: _read_bytes(checkpoint.folder / "tokenizer.json")},
+        settings={"notice": DEMONSTRATION},
+        notes=(),
+        modules=dict(model.named_children()),
+        tensors=tensors,
+        decoder=model.decoder.config,
+        experts=(1,) * model.decoder.config.layers,
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -142,6 +142,15 @@ class ClipVit(nn.Module):
         out: Tensor = x
         return out
 
+    def two_patch_features(self, pixels: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Return (as `patch_features`, the same after the last layer), computed in one pass."""
+        count = range(self.config.layers + 1)[layer]
+        x = self.forward(pixels, layer)
+        last = x
+        for block in list(self.encoder.layers)[count:]:
+            last = block(last)
+        return x[:, 1:], last[:, 1:]
+
     def patch_features(self, pixels: Tensor, layer: int) -> Tensor:
         """Return [batch, patches, width]: hidden state `layer` without the class token, patches row by row."""
         return self.forward(pixels, layer)[:, 1:]

@@ -1,7 +1,7 @@
 """The language model of every family: a llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU).
 
 Covers the network in torch; `edgemed.export.decoder_graph` writes the same arithmetic as an ONNX graph. Does not
-cover the KV cache (the graph has it), the tokenizer or the loss.
+cover the KV cache (`cached_decoder`, the graph), the tokenizer or the loss.
 
 In the native family one coordinate bin is one token: the 4 sides of a box are 4 tokens from `first_coordinate` on, and
 an auxiliary head guesses all 4 at once from the hidden state at `<box>`. The published families have neither (`bins` is
@@ -11,7 +11,7 @@ an auxiliary head guesses all 4 at once from the hidden state at `<box>`. The pu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 SIDES = 4
 """Sides of a box, in the order they are written: x0, y0, x1, y1."""
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes key and value [batch, kv_heads, tokens, head_dim] of a call's tokens; returns those that they attend to."""
 
 _INIT_STD = 0.02
 
@@ -91,7 +94,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + swiglu(norm(x)). Query, key, value: one matrix; gate, up: one.
 
-    A subclass with another MLP overrides `_add_mlp` (its submodules) and `_mlp` (its arithmetic).
+    A subclass with another MLP overrides `_add_mlp` (its submodules) and `_routed_mlp` (its arithmetic).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -111,24 +114,36 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Return x [batch, tokens, width] after this layer."""
-        x = x + self._attend(self.attention_norm(x), cos, sin, mask)
-        return x + self._mlp(self.mlp_norm(x))
+        return self.forward_routed(x, cos, sin, mask)[0]
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def forward_routed(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, remember: Remember | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (x [batch, tokens, width] after this layer, router probabilities [batch, tokens, experts] or None)."""
+        x = x + self._attend(self.attention_norm(x), cos, sin, mask, remember)
+        added, probabilities = self._routed_mlp(self.mlp_norm(x))
+        return x + added, probabilities
+
+    def _routed_mlp(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [batch, tokens, inner] each
-        result: Tensor = self.down(F.silu(gate) * up)
-        return result
+        return self.down(F.silu(gate) * up), None
 
-    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, remember: Remember | None = None
+    ) -> Tensor:
         c = self.config
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, c.heads + 2 * c.kv_heads, c.head_dim).transpose(1, 2)
         query, key, value = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=1)  # [batch, heads, tokens, head_dim]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if remember is not None:
+            key, value = remember(key, value)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
+        # One token attends to all there is: torch's is_causal would leave it the first key alone.
+        causal = mask is None and tokens > 1
         mixed = F.scaled_dot_product_attention(
-            query, key, value.to(query.dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            query, key, value.to(query.dtype), attn_mask=mask, is_causal=causal, enable_gqa=True
         )
         result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, tokens, c.heads * c.head_dim))
         return result
@@ -189,6 +204,31 @@ class Llama(nn.Module):
             x = layer(x, cos, sin, mask)
         hidden: Tensor = self.norm(x)
         return hidden, tapped
+
+    def forward_routed(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        remember: Sequence[Remember | None] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return (hidden as `forward`, router probabilities [batch, tokens, experts] of each layer with experts).
+
+        remember: one for each layer, where keys and values of earlier calls are attended to; the mask's last dim counts
+        those too.
+        """
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = cos[:, None], sin[:, None]  # [batch, 1, tokens, head_dim / 2]
+        if mask is not None and mask.ndim == 3:
+            mask = mask[:, None]
+        x, routed = embeddings, []
+        for layer, own in zip(self.layers, remember or [None] * len(self.layers), strict=True):
+            assert isinstance(layer, Block)
+            x, probabilities = layer.forward_routed(x, cos, sin, mask, own)
+            if probabilities is not None:
+                routed.append(probabilities)
+        hidden: Tensor = self.norm(x)
+        return hidden, tuple(routed)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embedding rows [*ids.shape, width]."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgemed.models.llama import Block, Llama, LlamaConfig, rope_table
+from edgemed.models.llama import Block, Llama, LlamaConfig
 
 
 class SwiGLU(nn.Module):
@@ -65,14 +65,9 @@ class MoeBlock(Block):
     def _add_mlp(self) -> None:
         """Add no dense MLP."""
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(x)[0]
-
-    def forward_routed(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return (x [batch, tokens, width] after this layer, router probabilities [batch, tokens, experts])."""
-        x = x + self._attend(self.attention_norm(x), cos, sin, mask)
-        added, probabilities = self.mlp(self.mlp_norm(x))
-        return x + added, probabilities
+    def _routed_mlp(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out: tuple[Tensor, Tensor] = self.mlp(x)
+        return out
 
 
 class MoeLlama(Llama):
@@ -88,21 +83,3 @@ class MoeLlama(Llama):
             return Block(c) if count == 1 else MoeBlock(c, count)
 
         super().__init__(config, block)
-
-    def forward_routed(
-        self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return (hidden as `forward`, router probabilities [batch, tokens, experts] of each layer with experts)."""
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        cos, sin = cos[:, None], sin[:, None]  # [batch, 1, tokens, head_dim / 2]
-        if mask is not None and mask.ndim == 3:
-            mask = mask[:, None]
-        x, routed = embeddings, []
-        for layer in self.layers:
-            if isinstance(layer, MoeBlock):
-                x, probabilities = layer.forward_routed(x, cos, sin, mask)
-                routed.append(probabilities)
-            else:
-                x = layer(x, cos, sin, mask)
-        hidden: Tensor = self.norm(x)
-        return hidden, tuple(routed)

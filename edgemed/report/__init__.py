@@ -4,6 +4,8 @@
     answer_json  one JSON object of schema edgemed.answer/1 (answer.schema.json lies beside it)
     rle          masks as COCO run lengths
     overlay      the shown frame with boxes, mask outlines, legend and notice
+    panels       image, mask and light-blue overlay side by side, and the notice
+    router_report  which expert each token went to
     run_report   what ran on what: versions, digests, timings; no path, no UID
 
 The names below are loaded on first use.
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgemed.report.answer_json import read_schema, to_json
     from edgemed.report.overlay import render_overlay, write_overlay
+    from edgemed.report.panels import render_panels, write_panels
     from edgemed.report.rle import from_rle, to_rle
+    from edgemed.report.router_report import to_router_report
     from edgemed.report.run_report import to_run_report, write_run_report
     from edgemed.report.text import to_text
 
@@ -25,11 +29,14 @@ __all__ = [
     "from_rle",
     "read_schema",
     "render_overlay",
+    "render_panels",
     "to_json",
     "to_rle",
+    "to_router_report",
     "to_run_report",
     "to_text",
     "write_overlay",
+    "write_panels",
     "write_run_report",
 ]
 
@@ -37,11 +44,14 @@ _HOME = {
     "from_rle": "rle",
     "read_schema": "answer_json",
     "render_overlay": "overlay",
+    "render_panels": "panels",
     "to_json": "answer_json",
     "to_rle": "rle",
+    "to_router_report": "router_report",
     "to_run_report": "run_report",
     "to_text": "text",
     "write_overlay": "overlay",
+    "write_panels": "panels",
     "write_run_report": "run_report",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -20,28 +21,40 @@ from edgemed.report.rle import to_rle
 SCHEMA = "edgemed.answer/1"
 
 
-def to_json(answer: Answer, scan: Scan, prompt: Prompt, *, path: str, with_tokens: bool = False) -> dict[str, Any]:
+def to_json(
+    answer: Answer,
+    scan: Scan | None,
+    prompt: Prompt,
+    *,
+    path: str,
+    more: Sequence[tuple[Scan, str]] = (),
+    with_tokens: bool = False,
+) -> dict[str, Any]:
     """Return the answer as a dict of plain JSON values, keys in the order of the contract.
 
-    path: the input as the user wrote it. with_tokens: add prompt_ids and generated_ids (lists of int). `notes` (what
-    was left out of the answer and why) is there only where there are some.
+    scan: None for a question without an image. path: the input as the user wrote it. more: the other images of the same
+    question, with their paths. with_tokens: add prompt_ids and generated_ids (lists of int). `notes` (what was left out
+    of the answer and why), `labels`, `findings`, `more_inputs` and what a prompt has beside its text and regions are
+    there only where there are some.
     What is not known is null: UIDs, spacing, score, the mask of a region that has only a box, the window of a colour
     image, the area in mm2 without a spacing.
     Raises InvalidInput if a mask has another size than the scan.
     """
     written: dict[str, Any] = {
         "schema": SCHEMA,
-        "input": _input(scan, prompt.frame, path),
-        "prompt": {
-            "text": prompt.text,
-            "language": prompt.language,
-            "regions": [_prompt_region(region, scan) for region in prompt.regions],
-        },
+        "input": None if scan is None else _input(scan, prompt.frame, path),
+        "prompt": _prompt(prompt, scan),
         "text": answer.text,
         "tagged_text": answer.tagged_text,
-        "regions": [_region(region, scan) for region in answer.regions],
+        "regions": [] if scan is None else [_region(region, scan) for region in answer.regions],
         "provenance": provenance_to_json(answer.provenance),
     }
+    if more:
+        written["more_inputs"] = [_input(other, other.first_frame, name) for other, name in more]
+    if answer.labels:
+        written["labels"] = list(answer.labels)
+    if answer.findings:
+        written["findings"] = [{"text": f.text, "regions": list(f.regions)} for f in answer.findings]
     if answer.notes:
         written["notes"] = list(answer.notes)
     if with_tokens:
@@ -80,6 +93,19 @@ def area_mm2(area_px: int, scan: Scan) -> float | None:
     if scan.pixel_spacing_mm is None:
         return None
     return area_px * scan.pixel_spacing_mm[0] * scan.pixel_spacing_mm[1]
+
+
+def _prompt(prompt: Prompt, scan: Scan | None) -> dict[str, Any]:
+    written: dict[str, Any] = {
+        "text": prompt.text,
+        "language": prompt.language,
+        "regions": [] if scan is None else [_prompt_region(region, scan) for region in prompt.regions],
+    }
+    if prompt.settings:
+        written["settings"] = dict(prompt.settings)
+    if prompt.history:
+        written["history"] = [{"question": turn.question, "text": turn.text} for turn in prompt.history]
+    return written
 
 
 def _input(scan: Scan, frame: int, path: str) -> dict[str, Any]:

@@ -60,6 +60,17 @@ def shown_scale(scan: Scan) -> tuple[float, float]:
     return (max(scale * across / finer, 1 / scan.columns), max(scale * down / finer, 1 / scan.rows))
 
 
+def shown_image(scan: Scan, frame: int, scale: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """Return the frame at `scale` as uint8 RGB [height, width, 3], writeable.
+
+    Raises InvalidInput if the frame was not read.
+    """
+    from PIL import Image
+
+    size = (max(round(scan.columns * scale[0]), 1), max(round(scan.rows * scale[1]), 1))
+    return np.array(Image.fromarray(scan.shown(frame)).resize(size, Image.Resampling.LANCZOS))
+
+
 def write_overlay(answer: Answer, scan: Scan, prompt: Prompt, path: str | Path, *, notice: str) -> None:
     """Write the overlay as a PNG.
 
@@ -67,10 +78,15 @@ def write_overlay(answer: Answer, scan: Scan, prompt: Prompt, path: str | Path, 
     which is left out only where `notice` is empty.
     Raises CannotWrite if the file cannot be written; nothing half-written is left.
     """
+    write_png(path, render_overlay(answer, scan, prompt, notice=notice))
+
+
+def write_png(path: str | Path, pixels: npt.NDArray[np.uint8]) -> None:
+    """Write uint8 RGB `pixels` [height, width, 3] as a PNG that holds nothing else. Raises CannotWrite."""
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(render_overlay(answer, scan, prompt, notice=notice)).save(stream, format="PNG")
+    Image.fromarray(pixels).save(stream, format="PNG")
     write_atomically(path, stream.getvalue())
 
 
@@ -79,20 +95,21 @@ def render_overlay(answer: Answer, scan: Scan, prompt: Prompt, *, notice: str) -
 
     Raises InvalidInput if a mask has another size than the scan, or the prompt's frame was not read.
     """
-    from PIL import Image
-
     scale = shown_scale(scan)
-    size = (max(round(scan.columns * scale[0]), 1), max(round(scan.rows * scale[1]), 1))
-    picture = Image.fromarray(scan.shown(prompt.frame)).resize(size, Image.Resampling.LANCZOS)
-    style = Style.of(min(size))
-    marks = _marks(answer, scan, prompt)
-    image = _draw_marks(np.array(picture), marks, scale, style)
+    picture = shown_image(scan, prompt.frame, scale)
+    style = Style.of(min(picture.shape[:2]))
+    marks = marks_of(answer, scan, prompt)
+    image = _draw_marks(picture, marks, scale, style)
     legend = render_legend(answer, scan, prompt, marks, image.height, style)
     body = _beside(image, legend)
-    return np.asarray(_under(body, notice, style))
+    return np.asarray(with_notice(body, notice, style))
 
 
-def _marks(answer: Answer, scan: Scan, prompt: Prompt) -> list[Mark]:
+def marks_of(answer: Answer, scan: Scan, prompt: Prompt) -> list[Mark]:
+    """Return what is to be drawn on the prompt's frame: the regions of the answer, then what was asked about.
+
+    Raises InvalidInput if a mask has another size than the scan.
+    """
     words = WORDS[prompt.language]
     asked = [
         Mark(f"{words.asked} ({words.kinds[r.kind]})", _place(r), ASKED, _extent(r), r.mask, asked=True)
@@ -154,7 +171,7 @@ def _draw_marks(image: npt.NDArray[np.uint8], marks: Sequence[Mark], scale: tupl
         blend(image, o.left, o.top, o.line, mark.colour)
     picture = PILImage.fromarray(image)
     draw = PILDraw.Draw(picture, "RGBA")
-    boxed = [(mark, _shown_box(mark.box, scale, picture.size)) for mark in marks if mark.box is not None]
+    boxed = [(mark, shown_box(mark.box, scale, picture.size)) for mark in marks if mark.box is not None]
     for mark, rect in boxed:
         if mark.is_point:
             draw_point(draw, rect[0], rect[1], mark.colour, style)
@@ -166,7 +183,7 @@ def _draw_marks(image: npt.NDArray[np.uint8], marks: Sequence[Mark], scale: tupl
     return picture
 
 
-def _shown_box(box_scan_px: Box, scale: tuple[float, float], size: tuple[int, int]) -> Rect:
+def shown_box(box_scan_px: Box, scale: tuple[float, float], size: tuple[int, int]) -> Rect:
     """Return the box in shown pixels, clipped to an image of `size` (width, height), at least a pixel wide and high."""
     x0, x1 = (min(max(round(v * scale[0]), 0), size[0]) for v in (box_scan_px[0], box_scan_px[2]))
     y0, y1 = (min(max(round(v * scale[1]), 0), size[1]) for v in (box_scan_px[1], box_scan_px[3]))
@@ -229,7 +246,7 @@ def _beside(image: Image, legend: Image) -> Image:
     return both
 
 
-def _under(body: Image, notice: str, style: Style) -> Image:
+def with_notice(body: Image, notice: str, style: Style) -> Image:
     """Return `body` with the strip that holds the notice, all of it, under it."""
     from PIL import Image as PILImage
     from PIL import ImageDraw as PILDraw

@@ -25,15 +25,17 @@ LIBRARIES = ("highdicom", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "
 
 
 def to_run_report(
-    answer: Answer, scan: Scan, prompt: Prompt, *, source: str | Path, outputs: Mapping[str, str | Path]
+    answer: Answer, scan: Scan | None, prompt: Prompt, *, source: str | Path, outputs: Mapping[str, str | Path]
 ) -> dict[str, Any]:
-    """Return the manifest entry of one input.
+    """Return the manifest entry of one input, or of a question without one.
 
     source: the file that was read. outputs: kind ("overlay", "json", "seg" ...) -> the file that was written.
     Raises CannotRead if one of them cannot be read.
     """
     return {
-        "input": {
+        "input": None
+        if scan is None
+        else {
             "sha256": sha256_of(source),
             "bytes": Path(source).stat().st_size,
             "modality": scan.modality,

@@ -12,14 +12,16 @@ LABEL_CELLS = 32
 """Longest label the table shows in full, in terminal columns."""
 
 
-def to_text(answer: Answer, scan: Scan, prompt: Prompt, *, notice: str = "") -> str:
-    """Return the answer, the table of its regions if there is one, and `notice` on the last line; ends in a line break.
+def to_text(answer: Answer, scan: Scan | None, prompt: Prompt, *, notice: str = "") -> str:
+    """Return the answer, the labels it means and the table of its regions if there are any, and `notice` at the end.
 
     The language of the headings is the prompt's; columns line up in a terminal that shows CJK two columns wide. Boxes
     are whole pixels here; the JSON has the fractions. Area is in mm2 where the scan has a spacing, else in pixels.
     """
     blocks = [printable(answer.text).strip()]
-    if answer.regions:
+    if answer.labels:
+        blocks.append(", ".join(printable(label) for label in answer.labels))
+    if answer.regions and scan is not None:
         blocks.append("\n".join(_table(answer, scan, prompt)))
     if notice.strip():
         blocks.append(" ".join(printable(notice).split()))

@@ -28,6 +28,9 @@ class Words:
     window: str
     nothing: str
     more: str
+    image: str
+    masks: str
+    overlaid: str
 
 
 WORDS: dict[Language, Words] = {
@@ -42,6 +45,9 @@ WORDS: dict[Language, Words] = {
         window="W {width:g}  L {center:g}",
         nothing="no region marked",
         more="and {} more",
+        image="image",
+        masks="mask",
+        overlaid="overlay",
     ),
     "zh": Words(
         region="区域",
@@ -54,6 +60,9 @@ WORDS: dict[Language, Words] = {
         window="窗宽 {width:g}  窗位 {center:g}",
         nothing="未标出区域",
         more="另有 {} 个",
+        image="图像",
+        masks="掩膜",
+        overlaid="叠加",
     ),
 }
 

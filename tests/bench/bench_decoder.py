@@ -23,7 +23,8 @@ import onnxruntime
 from edgemed.backends import Runner, open_runner
 from edgemed.backends.onnxruntime_runner import physical_cores
 from edgemed.calibration.weight_only import WeightPlan, quantize_weights
-from edgemed.export.decoder_graph import build_decoder_graph, decoder_spec
+from edgemed.export.decoder_graph import build_decoder_graph
+from edgemed.families.specs import decoder_spec
 from edgemed.graphs import DimRange, Feeds
 from edgemed.models.llama import Llama, LlamaConfig
 

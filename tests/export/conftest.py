@@ -14,7 +14,7 @@ import torch
 
 from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
 from edgemed.families.native_text import NativeText
-from edgemed.families.native_torch import NativeModel
+from edgemed.families.native_torch import NativeModel, native_specs
 from edgemed.graphs import GraphSpec
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.mask_decoder import MaskDecoder
@@ -71,7 +71,7 @@ def native_model(export_text: NativeText) -> NativeModel:
 @pytest.fixture(scope="session")
 def exported(native_model: NativeModel) -> Exported:
     """Takes about a minute for each graph that torch exports."""
-    from edgemed.export.native import native_graphs, native_specs
+    from edgemed.export.native import native_graphs
 
     specs = native_specs(native_model)
     images = [np.random.default_rng(0).random((3, 256, 256)).astype(np.float32)]

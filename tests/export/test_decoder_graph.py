@@ -15,7 +15,8 @@ from edgemed.box_grammar import BoxGrammar, BoxTokens
 from edgemed.calibration.weight_only import quantize_weights
 from edgemed.decoding import DecodeOptions, decode
 from edgemed.errors import InvalidInput
-from edgemed.export.decoder_graph import build_decoder_graph, decoder_spec
+from edgemed.export.decoder_graph import build_decoder_graph
+from edgemed.families.specs import decoder_spec
 from edgemed.graphs import DimRange, from_json, to_json
 from edgemed.models.llama import Llama, LlamaConfig
 

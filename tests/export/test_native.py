@@ -14,10 +14,9 @@ from onnx import numpy_helper
 from edgemed.bundle import open_bundle
 from edgemed.errors import BundleError, NoInput
 from edgemed.export import export_bundle, write
-from edgemed.export.native import native_specs
 from edgemed.export.parity import Row, compare, read_slices, to_markdown
 from edgemed.families.native_text import NativeText
-from edgemed.families.native_torch import NativeModel, load, save_checkpoint
+from edgemed.families.native_torch import NativeModel, load, native_specs, save_checkpoint
 from edgemed.models.projector import ROWS
 
 

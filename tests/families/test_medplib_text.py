@@ -7,7 +7,8 @@ import pytest
 
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families.medplib_text import IMAGE_ID, REGION_ID, Compat, MedplibText, with_regions
-from edgemed.families.published_tokens import PublishedTokens, convert
+from edgemed.families.published_tokenizer import convert
+from edgemed.families.published_tokens import PublishedTokens
 
 CASES = ("vqa", "region", "ground_square", "ground_four_three", "ground_two_one")
 ANSWERS = {"vqa": "CT", "region": "The liver is seen."}

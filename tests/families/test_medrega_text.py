@@ -1,6 +1,5 @@
 """MedRegA's prompts have the published ids, and its answers are read in every form they come in."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -8,8 +7,6 @@ import pytest
 
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families.medrega_text import (
-    AUTHORS_PROMPTS,
-    BASE_PROMPTS,
     Found,
     Item,
     MedRegaText,
@@ -20,9 +17,9 @@ from edgemed.families.medrega_text import (
     parse,
     place_text,
     plain,
-    prompt_source,
 )
-from edgemed.families.published_tokens import PublishedTokens, convert
+from edgemed.families.published_tokenizer import convert
+from edgemed.families.published_tokens import PublishedTokens
 
 ONE_IMAGE = ("vqa_en", "vqa_zh", "r2t_en", "r2t_zh", "t2r_en", "t2r_zh", "t2r_en_train_order")
 ONE_IMAGE += ("report_zh_empty_turn", "odd_text")
@@ -133,26 +130,6 @@ def test_released_model_takes_256_tokens_an_image(text: MedRegaText) -> None:
 def test_tokenizer_of_another_family_is_refused(reference: Any) -> None:
     with pytest.raises(BundleError, match="lacks <IMG_CONTEXT>"):
         MedRegaText(PublishedTokens(convert(reference("medplib-tiny").folder, "4.31")))
-
-
-def test_default_prompts_are_not_the_authors() -> None:
-    assert {task for task, _ in BASE_PROMPTS} == {task for task, language in BASE_PROMPTS if language == "zh"}
-    assert not any(prompt_source(prompt) for prompt in BASE_PROMPTS.values())
-
-
-def test_authors_prompt_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = "Name it."
-    entry = ("en", len(ours), hashlib.sha256(ours.encode()).hexdigest()[:16])
-    monkeypatch.setattr("edgemed.families.medrega_text.AUTHORS_PROMPTS", {**AUTHORS_PROMPTS, "ours": entry})
-    assert prompt_source(ours) == "ours"
-    assert prompt_source(ours + " ") is None
-
-
-def test_hashes_agree_with_the_reference(reference: Any) -> None:
-    known = {entry.get("sha256_16"): entry for entry in reference("medrega-tiny").prompts["official_prompt_hashes"]}
-    for name in ("vqa", "vqa_multiple_choice", "report_iuxray", "report_mimiccxr", "text2region", "region2text"):
-        _, characters, digest = AUTHORS_PROMPTS[name]
-        assert known[digest]["chars"] == characters
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

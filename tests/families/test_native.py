@@ -94,7 +94,7 @@ def written(text: NativeText, tagged: str, log_prob: float = -0.1, **changes: An
 
 
 def ask(family: Family, prompt: Prompt, on: Scan | None = None) -> Prepared:
-    return family.prepare(on or scan(), prompt)
+    return family.prepare([on or scan()], prompt)
 
 
 def masks_of(feeds: tuple[Feeds, ...]) -> list[Feeds]:
@@ -111,9 +111,9 @@ def masks_of(feeds: tuple[Feeds, ...]) -> list[Feeds]:
 
 def read(family: Family, prompt: Prompt, answer: Written, on: Scan | None = None) -> Any:
     on = on or scan()
-    prepared = family.prepare(on, prompt)
+    prepared = family.prepare([on], prompt)
     feeds = family.mask_feeds(prompt, prepared, projected(), answer)
-    return family.read_answer(on, prompt, prepared, projected(), answer, masks_of(feeds))
+    return family.read_answer([on], prompt, prepared, projected(), answer, masks_of(feeds))
 
 
 def test_prepare_gives_the_feeds_of_the_first_graphs(family: Family) -> None:
@@ -346,7 +346,7 @@ def test_places_come_back_in_scan_pixels(family: Family, text: NativeText) -> No
 
 def test_crop_moves_boxes_and_masks_back(family: Family, text: NativeText) -> None:
     prompt = Prompt("where")
-    view = family.prepare(scan("CT"), prompt).state
+    view = family.prepare([scan("CT")], prompt).state
     reading = read(family, prompt, written(text, ONE), scan("CT"))
     expected = view.box_to_scan((25.6, 51.2, 128.0, 153.6))
     assert view.left > 100
@@ -357,7 +357,7 @@ def test_crop_moves_boxes_and_masks_back(family: Family, text: NativeText) -> No
 def test_mask_pixels_far_from_the_box_are_strays(family: Family, text: NativeText) -> None:
     prompt, answer = Prompt("where"), written(text, ONE)
     everything = [{"mask_logits": np.ones((1, 256, 256), np.float32), "iou": np.ones(1, np.float32)}]
-    reading = family.read_answer(scan(), prompt, ask(family, prompt), projected(), answer, everything)
+    reading = family.read_answer([scan()], prompt, ask(family, prompt), projected(), answer, everything)
     x0, y0, x1, y1 = box_of(reading.regions[0].mask) or (0, 0, 0, 0)
     assert (x0, y0, x1, y1) == pytest.approx((51.2 - 30.7, 102.4 - 30.7, 256 + 30.7, 307.2 + 30.7), abs=1)
 
@@ -368,18 +368,18 @@ def test_point_outside_the_written_box_keeps_its_mask(family: Family, text: Nati
     out = [{"mask_logits": logits, "iou": np.full(1, 0.7, np.float32)}]
     pointed, alone = Prompt("this", (PromptRegion("point", point=(490, 500)),)), Prompt("where")
     answer = written(text, ONE)
-    (region,) = family.read_answer(scan(), pointed, ask(family, pointed), projected(), answer, out).regions
+    (region,) = family.read_answer([scan()], pointed, ask(family, pointed), projected(), answer, out).regions
     assert region.mask is not None
     assert box_of(region.mask) == pytest.approx((472, 480, 504, 512), abs=1)
     assert region.iou_estimate == pytest.approx(0.7)
-    (region,) = family.read_answer(scan(), alone, ask(family, alone), projected(), answer, out).regions
+    (region,) = family.read_answer([scan()], alone, ask(family, alone), projected(), answer, out).regions
     assert region.mask is None  # what nobody pointed at is cut to the written box
 
 
 def test_empty_mask_leaves_the_box(family: Family, text: NativeText) -> None:
     prompt, answer = Prompt("where"), written(text, ONE)
     nothing = [{"mask_logits": -np.ones((1, 256, 256), np.float32), "iou": np.ones(1, np.float32)}]
-    (region,) = family.read_answer(scan(), prompt, ask(family, prompt), projected(), answer, nothing).regions
+    (region,) = family.read_answer([scan()], prompt, ask(family, prompt), projected(), answer, nothing).regions
     assert region.mask is None
     assert region.iou_estimate is None
 
@@ -438,7 +438,7 @@ def test_place_with_a_seg_and_no_box_takes_the_box_of_its_mask(family: Family, t
     out = [{"mask_logits": logits, "iou": np.ones(1, np.float32)}]
     (feeds,) = family.mask_feeds(prompt, ask(family, prompt), projected(), answer)
     assert feeds["has_box"].tolist() == [0]
-    (region,) = family.read_answer(scan(), prompt, ask(family, prompt), projected(), answer, out).regions
+    (region,) = family.read_answer([scan()], prompt, ask(family, prompt), projected(), answer, out).regions
     assert region.box == pytest.approx((40, 100, 120, 200), abs=1)
 
 

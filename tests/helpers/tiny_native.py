@@ -228,6 +228,35 @@ def graphs(answer: str, answer_ids: list[int]) -> dict[str, bytes]:
     }
 
 
+def checkpoint(folder: Path) -> Path:
+    """Return `folder` with a native checkpoint: real shapes but for a small language model, weights random."""
+    import torch
+
+    from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES
+    from edgemed.families.native_torch import build, save_checkpoint
+    from edgemed.models.llama import LlamaConfig
+    from edgemed.models.structure_head import StructureConfig
+
+    file = folder.with_suffix(".tokenizer.json")
+    file.write_text(tokenizer_json(), encoding="utf-8")
+    text = NativeText(file)
+    decoder = LlamaConfig(
+        vocabulary=text.vocabulary, first_coordinate=text.tokens().first_coordinate, width=64, layers=2, heads=4,
+        kv_heads=2, head_dim=16, inner=96, draft_rank=8,
+    )  # fmt: skip
+    projector = StructureConfig(STRUCTURE_COUNT, len(MODALITIES), len(BODY_PARTS), context=24, layers=1, heads=2)
+    torch.manual_seed(3)
+    model = build({"decoder": vars(decoder), "projector": vars(projector)})
+    with torch.no_grad():
+        model.mask_decoder.frequencies.normal_()
+        model.projector.coordinates.normal_()
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(0, 0.1)
+    save_checkpoint(folder, model, file, {"recipe": "tiny", "sources": ["bccd"], "seed": 1, "samples": 2})
+    return folder
+
+
 def make(folder: Path, answer: str, settings: dict[str, Any] | None = None) -> Bundle:
     """Return a bundle that answers `answer` (tagged text) to everything."""
     file = folder.with_suffix(".tokenizer.json")

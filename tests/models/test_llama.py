@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -130,3 +131,31 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         dataclasses.replace(SMALL, kv_heads=3)
     with pytest.raises(ValueError, match="do not fit"):
         dataclasses.replace(SMALL, first_coordinate=60)
+
+
+def test_routed_and_plain_forward_of_a_dense_decoder_are_the_same() -> None:
+    model, x, positions = make(), torch.randn(1, 6, SMALL.width), torch.arange(6)[None]
+    with torch.no_grad():
+        hidden, routed = model.forward_routed(x, positions)
+        assert torch.equal(hidden, model(x, positions))
+    assert routed == ()
+
+
+def test_remembered_keys_and_values_are_attended_to() -> None:
+    model, x = make(), torch.randn(1, 6, SMALL.width)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept.append((key, value))
+        return key, value
+
+    def append(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat((kept[layer][0], key), 2), torch.cat((kept[layer][1], value), 2)
+
+    with torch.no_grad():
+        expected = model(x, torch.arange(6)[None])
+        model.forward_routed(x[:, :5], torch.arange(5)[None], None, [keep] * SMALL.layers)
+        appends = [partial(append, layer) for layer in range(SMALL.layers)]
+        last, _ = model.forward_routed(x[:, 5:], torch.tensor([[5]]), None, appends)
+    assert kept[0][0].shape == (1, SMALL.kv_heads, 5, SMALL.head_dim)
+    torch.testing.assert_close(last[:, 0], expected[:, 5], rtol=0, atol=1e-5)

@@ -1,0 +1,247 @@
+"""The medplib family at run time: a picture and places as masks in, text and pixel masks out; English.
+
+Covers prompt ids with image and region rows, which hidden state makes a mask, native prompts of the mask decoder, and
+bringing masks back to the scan. The pieces lie beside it: `medplib_view` (pixels, regions, masks), `medplib_text`
+(template), `published_tokens`. Does not cover running graphs or decoding.
+
+Source of the behaviour: github ShawnHuang497/MedPLIB at 5ab54bc, release-cli at 9c3efe9; tests/reference/medplib-tiny.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from edgemed.box_grammar import FreeGrammar
+from edgemed.bundle import Bundle
+from edgemed.core import Language, Prompt, PromptRegion, Region, Scan
+from edgemed.errors import BundleError, InvalidInput
+from edgemed.families import (
+    Prepared,
+    Question,
+    Reading,
+    SingleQuestions,
+    Written,
+    check_settings,
+    chosen,
+    one_scan,
+)
+from edgemed.families.medplib_config import COMPAT
+from edgemed.families.medplib_text import IMAGE_ID, REGION_ID, Compat, MedplibText
+from edgemed.families.medplib_view import (
+    MaskMode,
+    MedplibView,
+    placed,
+    postprocess,
+    region_mask,
+    region_weights,
+    to_mask,
+)
+from edgemed.families.native_lexicon import STRUCTURES, structures_in
+from edgemed.families.published_tokens import TOKENIZER, PublishedTokens
+from edgemed.geometry import box_of
+from edgemed.graphs import Feeds, GraphSpec
+
+NOTICE: Mapping[Language, str] = {
+    "en": "Research model, not a medical device: not for diagnosis.",
+    "zh": "研究模型，非医疗器械，不得用于诊断。",
+}
+
+_ROLES = ("vision_encoder", "projector", "decoder", "mask_decoder")
+_MAY_BE_TYPED = ("<region>", "</region>")
+_SETTINGS: Mapping[str, str] = {
+    "compat": "reference (default): as training and the web demo; corrected: masks without the published stretching, "
+    "one for each <SEG>; release-cli: the first release's template and <SEG> rule",
+    "task": "answer (default), or outline: the mask decoder alone outlines each region, nothing is written",
+}
+
+
+class Medplib(SingleQuestions):
+    """The medplib family over one bundle; see `families.Family`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._graphs = {role: bundle.spec(role) for role in _ROLES}
+        settings = bundle.manifest.settings
+        try:
+            view: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["view"].items()}
+            self._view = MedplibView(**view)
+            self._compat = str(settings["compat"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"bundle {bundle.manifest.name} lacks a setting of the family medplib: {error}"
+            ) from error
+        self._text = MedplibText(PublishedTokens.open(bundle.file(TOKENIZER)))
+        logits = next(t for t in self._graphs["decoder"].outputs if t.name == "logits")
+        self._vocabulary = logits.shape[-1]
+        self._no_rows = np.zeros((1, cast("int", self._graphs["decoder"].inputs[1].shape[-1])), np.float32)
+        if not isinstance(self._vocabulary, int) or self._text.tokens.vocabulary > self._vocabulary:
+            raise BundleError(
+                f"the decoder has {self._vocabulary} logits, the tokenizer {self._text.tokens.vocabulary} tokens"
+            )
+        self._grammar = FreeGrammar(self._vocabulary)
+        self._notice: Mapping[Language, str] = {**NOTICE, **settings.get("notice", {})}
+
+    def graphs(self) -> Mapping[str, GraphSpec]:
+        """Return the GraphSpec of each of the four graphs, by role."""
+        return self._graphs
+
+    def notice(self, language: Language) -> str:
+        """Return the sentence that goes with every answer."""
+        return self._notice[language]
+
+    def settings(self) -> Mapping[str, str]:
+        """Return the settings of a prompt, each with what it may be."""
+        return _SETTINGS
+
+    def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
+        """Return the feeds of vision_encoder and projector; nothing where there is no image. State: rows and columns.
+
+        Raises InvalidInput if there is more than one image, a region has none or is empty, the prompt has a history, or
+        a setting is unknown.
+        """
+        check_settings(prompt, _SETTINGS, "medplib")
+        if prompt.history:
+            raise InvalidInput("the family medplib answers single questions; ask without the earlier ones")
+        if not scans:
+            if prompt.regions or self._outlines(prompt):
+                raise InvalidInput("a region was asked about without an image; an image was expected")
+            return Prepared({}, {}, None)
+        scan = one_scan(scans, "medplib")
+        if self._outlines(prompt) and not prompt.regions:
+            raise InvalidInput("task outline needs something to outline; pass --region")
+        shown = scan.shown(prompt.frame)
+        masks = [region_mask(region, scan.rows, scan.columns) for region in prompt.regions]
+        most = self._graphs["projector"].dims["regions"].max
+        if len(masks) > most:
+            raise InvalidInput(f"the prompt has {len(masks)} regions; at most {most} fit")
+        weights = [region_weights(self._view.region_map(mask)) for mask in masks]
+        unused = np.zeros((1, self._view.grid**2), np.float32)
+        return Prepared(
+            {"clip_image": self._view.clip_image(shown), "sam_image": self._view.sam_image(shown)},
+            {"region_weights": np.stack(weights) if weights else unused},
+            (scan.rows, scan.columns),
+        )
+
+    def _outlines(self, prompt: Prompt) -> bool:
+        return chosen(prompt, "task", ("answer", "outline"), "answer") == "outline"
+
+    def _compat_of(self, prompt: Prompt) -> Compat:
+        return cast("Compat", chosen(prompt, "compat", COMPAT, self._compat))
+
+    def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
+        """Return the prompt's ids over the image's and the regions' rows. There is no grammar yet."""
+        image = bool(prepared.vision)
+        regions = len(prompt.regions)
+        if self._outlines(prompt):
+            return Question([], {}, self._grammar, self._text.stop_id)
+        compat = self._compat_of(prompt)
+        question = self._text.tokens.plain(prompt.text, _MAY_BE_TYPED)
+        written = self._text.encode_prompt(question, regions=regions, image=image, compat=compat)
+        patches = len(projected["image_tokens"]) if image else 0
+        self._text.positions(written, patches)
+        assert isinstance(self._vocabulary, int)
+        ids: list[int] = []
+        row = self._vocabulary + patches
+        for index in written:
+            if index == IMAGE_ID:
+                ids += range(self._vocabulary, self._vocabulary + patches)
+            elif index == REGION_ID:
+                ids.append(row)
+                row += 1
+            else:
+                ids.append(index)
+        rows: npt.NDArray[Any] = self._no_rows
+        if image:
+            rows = np.concatenate([projected["image_tokens"], projected["region_tokens"][:regions]])
+        return Question(ids, {"image_tokens": rows}, self._grammar, self._text.stop_id, None)
+
+    def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
+        """Return one batch for the `<SEG>` vectors that make a mask, or for the regions of task outline; else none."""
+        if not prepared.vision:
+            return ()
+        if self._outlines(prompt):
+            return (self._native_prompts(prompt.regions, *prepared.state),)
+        steps = self._text.seg_steps(self._ids(written), self._compat_of(prompt))
+        if not steps:
+            return ()
+        most = self._graphs["mask_decoder"].dims["prompts"].max
+        feeds = self._no_prompts(len(steps))
+        feeds["seg_hidden"] = np.stack([written.hidden[step - 1] for step in steps])
+        feeds["has_seg"][:] = 1
+        return tuple({k: v[i : i + most] for k, v in feeds.items()} for i in range(0, len(steps), most))
+
+    def _ids(self, written: Written) -> list[int]:
+        """Return the ids as the published code has them: with the end token where the model ended the answer."""
+        return [*written.ids, *([self._text.stop_id] if written.ended else [])]
+
+    def _no_prompts(self, count: int) -> dict[str, npt.NDArray[Any]]:
+        """Return feeds of the mask decoder of `count` prompts that are all absent."""
+        feeds = {}
+        for tensor in self._graphs["mask_decoder"].inputs:
+            if tensor.name != "mask_features":
+                shape = [d if isinstance(d, int) else count if d == "prompts" else 1 for d in tensor.shape]
+                feeds[tensor.name] = np.zeros(shape, tensor.dtype)
+        feeds["point_labels"][:] = -1
+        return feeds
+
+    def _native_prompts(self, regions: Sequence[PromptRegion], rows: int, columns: int) -> dict[str, npt.NDArray[Any]]:
+        """Return one prompt for each region, as SAM takes them: a box, a point inside, or a mask and its box."""
+        feeds = self._no_prompts(len(regions))
+        place = placed(rows, columns, self._view.sam_side)
+        scale = np.array([place.columns / columns, place.rows / rows], np.float32)
+        corner = np.array([place.left, place.top], np.float32)
+        for i, region in enumerate(regions):
+            box = region.box if region.mask is None else box_of(region.mask)
+            if box is not None:
+                feeds["boxes"][i] = (np.array(box, np.float32).reshape(2, 2) * scale + corner).reshape(4)
+                feeds["has_box"][i] = 1
+            if region.point is not None:
+                feeds["points"][i, 0] = np.array(region.point, np.float32) * scale + corner
+                feeds["point_labels"][i, 0] = 1
+            if region.mask is not None:
+                feeds["mask_prompts"][i] = self._rough_logits(region.mask, feeds["mask_prompts"].shape[-1])
+                feeds["has_mask"][i] = 1
+        return feeds
+
+    def _rough_logits(self, mask: npt.NDArray[np.bool_], side: int) -> npt.NDArray[np.float32]:
+        """Return a mask as the logits of an earlier mask on SAM's square, [side, side]: -10 outside to 10 inside."""
+        rows, columns = mask.shape
+        place = placed(rows, columns, self._view.sam_side)
+        square = np.zeros((self._view.sam_side, self._view.sam_side), np.float32)
+        resized = Image.fromarray(mask.astype(np.float32)).resize((place.columns, place.rows), Image.Resampling.BOX)
+        square[place.top : place.top + place.rows, place.left : place.left + place.columns] = np.asarray(resized)
+        cell = self._view.sam_side // side
+        share = square.reshape(side, cell, side, cell).mean(axis=(1, 3))
+        return np.asarray(20 * share - 10, np.float32)
+
+    def read_answer(
+        self,
+        scans: Sequence[Scan],
+        prompt: Prompt,
+        prepared: Prepared,
+        projected: Feeds,
+        written: Written,
+        masks: Sequence[Feeds],
+    ) -> Reading:
+        """Return text and masks in scan pixels; a `<SEG>` whose mask is empty is noted, nothing is drawn for it."""
+        tagged = self._text.shown(self._ids(written)) if not self._outlines(prompt) else ""
+        notes = [] if written.ended else ["the answer was cut at the token limit"]
+        named = sorted(structures_in(prompt.text))
+        label = STRUCTURES[named[0]].en[0] if len(named) == 1 else "region"
+        mode: MaskMode = "corrected" if self._compat_of(prompt) == "corrected" else "reference"
+        regions = []
+        for out in masks:
+            for logits, iou in zip(out["mask_logits"], out["iou"], strict=True):
+                scan = scans[0]
+                whole = postprocess(logits[0], scan.rows, scan.columns, sam_side=self._view.sam_side, mode=mode)
+                mask = to_mask(whole)
+                box = box_of(mask)
+                if box is None:
+                    notes.append("a mask was asked for and came out empty; there is nothing to outline")
+                    continue
+                regions.append(Region(label, box, prompt.frame, mask, None, float(min(max(iou[0], 0.0), 1.0))))
+        return Reading(self._text.untagged(tagged), tagged, tuple(regions), tuple(notes))

@@ -1,0 +1,292 @@
+"""The medrega family at run time: pictures and boxes as text in, text with boxes out, English and Chinese.
+
+Covers the order of a question's parts, tiles, several images, history, regional chain of thought, and the way from
+written numbers back to scan pixels. The pieces lie beside it: `medrega_view` (pixels), `medrega_text` (template and
+boxes as text), `medrega_prompts` (what says the task), `published_tokens`. Does not cover running graphs or decoding.
+
+Source of the behaviour: github xmed-lab/MedRegA at dfdb0db; tests/reference/medrega-tiny.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast, get_args
+
+import numpy as np
+
+from edgemed.box_grammar import FreeGrammar
+from edgemed.bundle import Bundle
+from edgemed.core import Answer, Box, Finding, Language, Prompt, PromptRegion, Region, Scan
+from edgemed.errors import BundleError, InvalidInput
+from edgemed.families import Prepared, Question, Reading, Written, check_settings, chosen
+from edgemed.families.medrega_labels import LabelList, classify, label_lists, read_labels
+from edgemed.families.medrega_prompts import Task, default_prompt, read_prompts, regional_question, with_findings
+from edgemed.families.medrega_text import (
+    IMAGE,
+    Found,
+    MedRegaText,
+    Order,
+    grounded_items,
+    label_images,
+    order,
+    parse,
+    place_text,
+    plain,
+)
+from edgemed.families.medrega_view import MedRegaView, box_to_numbers, numbers_to_box
+from edgemed.families.published_tokens import TOKENIZER, PublishedTokens
+from edgemed.geometry import box_of
+from edgemed.graphs import Feeds, GraphSpec
+
+COMPAT = ("reference", "corrected")
+"""What the shown text is: as the published code shows it (tags gone, numbers left), or without numbers."""
+
+NOTICE: Mapping[Language, str] = {
+    "en": "Research model, not a medical device: not for diagnosis.",
+    "zh": "研究模型，非医疗器械，不得用于诊断。",
+}
+
+_MAY_BE_TYPED = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+_REGION = "<region>"
+_ROLES = ("vision_encoder", "projector", "decoder")
+_SETTINGS: Mapping[str, str] = {
+    "compat": "reference (default): text as the published code shows it; corrected: without the numbers of boxes",
+    "task": f"auto (default), none, or whose base prompt goes with the question: {', '.join(get_args(Task))}",
+    "prompts": "a meta file of the owner's: its base prompt of the task, or of the data set, is used in place of ours",
+    "dataset": "which entry of that file",
+    "labels": "of a classification: the name of a public data set, or a file with one label a line",
+    "order": "demo (default): base prompt, image, question; training: image, base prompt, question",
+    "tiles": "the most tiles that an image is cut into; 1: none. Default: as the checkpoint says",
+    "cot": "on: ask for the regions first, then the question with what was found (regional chain of thought)",
+}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `prepare` saw: tiles of each image in order, (rows, columns) of the first."""
+
+    tiles: tuple[int, ...]
+    frame: tuple[int, int] = (1, 1)
+
+
+class MedRega:
+    """The medrega family over one bundle; see `families.Family`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._graphs = {role: bundle.spec(role) for role in _ROLES}
+        settings = bundle.manifest.settings
+        try:
+            self._view = MedRegaView(**settings["view"])
+            self._compat = str(settings["compat"])
+            image_tokens = int(settings["image_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"bundle {bundle.manifest.name} lacks a setting of the family medrega: {error}"
+            ) from error
+        self._text = MedRegaText(PublishedTokens.open(bundle.file(TOKENIZER)), image_tokens)
+        logits = next(t for t in self._graphs["decoder"].outputs if t.name == "logits")
+        self._vocabulary = logits.shape[-1]
+        self._no_rows = np.zeros((1, cast("int", self._graphs["decoder"].inputs[1].shape[-1])), np.float32)
+        if not isinstance(self._vocabulary, int) or self._text.tokens.vocabulary > self._vocabulary:
+            raise BundleError(
+                f"the decoder has {self._vocabulary} logits, the tokenizer {self._text.tokens.vocabulary} tokens"
+            )
+        self._grammar = FreeGrammar(self._vocabulary, not_first=self._text.stop_id)
+        self._notice: Mapping[Language, str] = {**NOTICE, **settings.get("notice", {})}
+
+    def graphs(self) -> Mapping[str, GraphSpec]:
+        """Return the GraphSpec of each of the three graphs, by role."""
+        return self._graphs
+
+    def notice(self, language: Language) -> str:
+        """Return the sentence that goes with every answer."""
+        return self._notice[language]
+
+    def settings(self) -> Mapping[str, str]:
+        """Return the settings of a prompt, each with what it may be."""
+        return _SETTINGS
+
+    def lead_in(self, prompt: Prompt) -> Prompt | None:
+        """Return the question for the regions that matter, if the chain of thought is on."""
+        if chosen(prompt, "cot", ("on", "off"), "off") == "off":
+            return None
+        kept = {k: v for k, v in prompt.settings.items() if k in ("compat", "order", "tiles", "prompts")}
+        question = regional_question(prompt.text.replace(IMAGE, "").strip(), prompt.language)
+        return replace(prompt, text=question, settings={**kept, "task": "text2region"})
+
+    def follow_up(self, prompt: Prompt, first: Answer) -> Prompt:
+        """Return the prompt with the regions that the first answer names."""
+        places = [piece for piece in parse(first.tagged_text) if isinstance(piece, Found)]
+        settings = {k: v for k, v in prompt.settings.items() if k != "cot"}
+        return replace(prompt, text=with_findings(prompt.text, places, prompt.language), settings=settings)
+
+    def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
+        """Return the feeds of vision_encoder: every tile of every image; nothing where there is no image.
+
+        Raises InvalidInput if a setting is unknown, a region has no image or is a point, or the tiles are too many.
+        """
+        check_settings(prompt, _SETTINGS, "medrega")
+        if prompt.regions and len(scans) != 1:
+            raise InvalidInput(f"{len(prompt.regions)} regions were given with {len(scans)} images; one was expected")
+        if not scans:
+            return Prepared({}, {}, _Asked(()))
+        view = self._view_of(prompt)
+        images = [
+            view.model_image(scan.shown(prompt.frame if i == 0 else scan.first_frame)) for i, scan in enumerate(scans)
+        ]
+        most = self._graphs["vision_encoder"].dims["tiles"].max
+        tiles = tuple(len(image) for image in images)
+        if sum(tiles) > most:
+            raise InvalidInput(
+                f"the images have {sum(tiles)} tiles; at most {most} fit: set fewer tiles or ask about fewer"
+            )
+        return Prepared({"image": np.concatenate(images)}, {}, _Asked(tiles, (scans[0].rows, scans[0].columns)))
+
+    def _view_of(self, prompt: Prompt) -> MedRegaView:
+        if "tiles" not in prompt.settings:
+            return self._view
+        value = prompt.settings["tiles"]
+        if not value.isdecimal() or not 1 <= int(value) <= self._graphs["vision_encoder"].dims["tiles"].max:
+            raise InvalidInput(f"tiles is {value!r}; a whole number from 1 on was expected")
+        most = int(value)
+        return replace(self._view, tiled=most > 1, thumbnail=most > 1, min_tiles=1, max_tiles=most)
+
+    def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
+        """Return the prompt's ids over the images' rows. There is no grammar yet: the model writes what it likes."""
+        asked: _Asked = prepared.state
+        history = [
+            (self._typed(turn.question), self._answered(turn.text, turn.tagged_text, prompt)) for turn in prompt.history
+        ]
+        question = self._turn(prompt, asked, bool(history))
+        if asked.tiles and IMAGE not in question and not any(IMAGE in user for user, _ in history):
+            user, answer = history[0]  # the images belong to the turn that they were first asked about in
+            history[0] = (label_images(user, len(asked.tiles)) if len(asked.tiles) > 1 else f"{IMAGE}\n{user}", answer)
+        ids = self._text.encode_prompt(question, tiles=asked.tiles, history=history)
+        rows = projected.get("image_tokens", self._no_rows)
+        row = 0
+        assert isinstance(self._vocabulary, int)
+        for at, index in enumerate(ids):
+            if index == self._text.context_id:
+                ids[at] = self._vocabulary + row
+                row += 1
+        return Question(ids, {"image_tokens": rows}, self._grammar, self._text.stop_id)
+
+    def _typed(self, text: str) -> str:
+        """Return what a user wrote: region tags are theirs to use, what steers the conversation is not."""
+        return self._text.tokens.plain(text, _MAY_BE_TYPED)
+
+    def _answered(self, text: str, tagged: str, prompt: Prompt) -> str:
+        """Return an earlier answer as it is repeated: the published code repeats it without its tags."""
+        return self._typed(text if self._is_reference(prompt) else tagged)
+
+    def _is_reference(self, prompt: Prompt) -> bool:
+        return chosen(prompt, "compat", COMPAT, self._compat) == "reference"
+
+    def _turn(self, prompt: Prompt, asked: _Asked, later: bool) -> str:
+        """Return the user's turn: regions put in, base prompt and images in their places.
+
+        later: there are earlier turns, which the images go with. A turn that says itself where its images go is left
+        as it is.
+        """
+        images = len(asked.tiles)
+        question = self._with_regions(self._typed(prompt.text), prompt, asked)
+        if IMAGE in question:
+            return question
+        base = self._base_prompt(prompt, images)[0]
+        which = cast("Order", chosen(prompt, "order", get_args(Order), "demo"))
+        if later or not images:
+            return f"{base} {question}" if base else question
+        if images > 1:
+            return label_images(f"{base} {question}" if base else question, images)
+        return order(base, question, which) if base else f"{IMAGE}\n{question}"
+
+    def _base_prompt(self, prompt: Prompt, images: int) -> tuple[str, str | None]:
+        """Return (what says the task, a note whose it is). Raises InvalidInput, and what reading a file raises."""
+        labels = self._labels(prompt)
+        task = chosen(prompt, "task", ("auto", "none", *get_args(Task)), "auto")
+        if task == "auto" and labels:
+            task = "classification_multi" if labels.multi else "classification"
+        elif task == "auto" and (prompt.history or not images):
+            task = "none"
+        elif task == "auto":
+            task = "region2text" if prompt.regions else "text2region" if "<ref>" in prompt.text else "vqa"
+        wanted = prompt.settings.get("dataset", task)
+        if "prompts" in prompt.settings and wanted != "none":
+            prompts = read_prompts(prompt.settings["prompts"])
+            return self._typed(prompts.base_prompt(wanted, prompt.language)), prompts.note(wanted, prompt.language)
+        if task == "none":
+            return "", None
+        return default_prompt(cast("Task", task), prompt.language, labels.labels if labels else ()), None
+
+    def _labels(self, prompt: Prompt) -> LabelList | None:
+        """Return the labels of a classification, or None. Raises what reading a file raises."""
+        wanted = prompt.settings.get("labels")
+        if wanted is None:
+            return None
+        multi = prompt.settings.get("task") == "classification_multi"
+        return label_lists().get(wanted) or read_labels(wanted, multi=multi)
+
+    def _with_regions(self, question: str, prompt: Prompt, asked: _Asked) -> str:
+        """Return the question with the regions' boxes as text, at each `<region>`, the rest at the end."""
+        named = "该区域" if prompt.language == "zh" else "this"
+        for region in prompt.regions:
+            text = place_text(named, [box_to_numbers(_box(region), *asked.frame, padded=self._view.pad_to_square)])
+            question = question.replace(_REGION, text, 1) if _REGION in question else f"{question} {text}"
+        return question
+
+    def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
+        """Return nothing: the family has no mask decoder."""
+        return ()
+
+    def read_answer(
+        self,
+        scans: Sequence[Scan],
+        prompt: Prompt,
+        prepared: Prepared,
+        projected: Feeds,
+        written: Written,
+        masks: Sequence[Feeds],
+    ) -> Reading:
+        """Return text and boxes in scan pixels; what is no box stays in the text and is noted, nothing is guessed."""
+        tagged = self._text.tagged(written.ids)
+        shown = self._text.stripped(written.ids) if self._is_reference(prompt) else plain(tagged)
+        notes = [] if written.ended else ["the answer was cut at the token limit"]
+        if whose := self._base_prompt(prompt, len(scans))[1]:
+            notes.append(whose)
+        labels = self._labels(prompt)
+        meant = () if labels is None else classify(shown, labels.labels, labels.multi)
+        places = [piece for piece in parse(tagged) if isinstance(piece, Found)]
+        dropped = [numbers for place in places for numbers in place.dropped]
+        notes += [f"{numbers} is no box (four numbers 0 to 999, in order); it stays in the text" for numbers in dropped]
+        if len(scans) != 1:
+            if any(place.boxes for place in places):
+                notes.append(f"of {len(scans)} images, none is named for the boxes; they stay in the text")
+            return Reading(shown, tagged, (), tuple(notes), meant)
+        unnamed = "区域" if prompt.language == "zh" else "region"
+        regions: list[Region] = []
+        findings: list[Finding] = []
+        for item in grounded_items(tagged):
+            first = len(regions)
+            for place in item.places:
+                for numbers in place.boxes:
+                    try:
+                        box = numbers_to_box(numbers, scans[0].rows, scans[0].columns, padded=self._view.pad_to_square)
+                    except InvalidInput:  # wholly in the padding
+                        notes.append(f"{list(numbers)} lies outside the scan; it stays in the text")
+                        continue
+                    regions.append(Region(place.name or unnamed, box, prompt.frame))
+            if item.text and len(regions) > first:
+                findings.append(Finding(item.text, tuple(range(first, len(regions)))))
+        return Reading(shown, tagged, tuple(regions), tuple(notes), meant, tuple(findings))
+
+
+def _box(region: PromptRegion) -> Box:
+    """Return the region's box in scan pixels, a mask's being the tightest around it. Raises InvalidInput at a point."""
+    box = region.box if region.mask is None else box_of(region.mask)
+    if box is None:
+        what = "point" if region.point is not None else "empty mask"
+        raise InvalidInput(
+            f"the region is a {what}; the family medrega asks about boxes: pass --region box:x0,y0,x1,y1"
+        )
+    return box
