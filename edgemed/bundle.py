@@ -20,7 +20,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -118,7 +118,7 @@ def to_bytes(manifest: Manifest) -> bytes:
 
     Raises BundleError if a graph has no file.
     """
-    _check_graph_files(manifest)
+    _check_graph_files(manifest.graphs, manifest.files)
     data = {
         "format": manifest.format,
         "name": manifest.name,
@@ -160,15 +160,14 @@ def from_bytes(data: bytes) -> Manifest:
         for name, value in values[key].items():
             if not isinstance(value, str):
                 raise BundleError(f"{MANIFEST}: {key}, {name!r} is a {type(value).__name__}, a text was expected")
-    manifest = Manifest(**{**values, "graphs": {role: _graph(role, spec) for role, spec in values["graphs"].items()}})
-    _check_graph_files(manifest)
-    return manifest
+    _check_graph_files(values["graphs"], values["files"])
+    return Manifest(**{**values, "graphs": {role: _graph(role, spec) for role, spec in values["graphs"].items()}})
 
 
-def _check_graph_files(manifest: Manifest) -> None:
+def _check_graph_files(graphs: Iterable[str], files: Container[str]) -> None:
     """Raise BundleError if a graph has no file; only what was opened from a checkpoint has none, and is not written."""
-    for role in manifest.graphs:
-        if graph_file(role) not in manifest.files:
+    for role in graphs:
+        if graph_file(role) not in files:
             raise BundleError(f"the manifest has a graph {role} and no file {graph_file(role)}")
 
 
@@ -332,7 +331,7 @@ def find_bundle(name_or_folder: str | Path) -> Path:
                 return place / name
     if is_checkpoint(given):
         raise BundleError(
-            f"{given} is a checkpoint, not a bundle: export it first with `edgemed export {given} -o BUNDLE`, or use "
+            f"{given} is a checkpoint, not a bundle: export it first with `edgemed export FOLDER -o BUNDLE`, or use "
             "--backend torch"
         )
     if given.is_dir():

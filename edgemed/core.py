@@ -165,6 +165,25 @@ class PromptRegion:
             raise InvalidInput(f"box {self.box} is empty; x0 < x1 and y0 < y1 was expected")
 
 
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Another picture with what is to be outlined in it: `mask` bool [rows, columns] on frame `frame` of `scan`."""
+
+    scan: Scan
+    mask: Mask
+    frame: int = 0
+
+    def __post_init__(self) -> None:
+        expected = (self.scan.rows, self.scan.columns)
+        if self.mask.dtype != np.bool_ or self.mask.shape != expected:
+            raise InvalidInput(
+                f"the mask of an example is {self.mask.dtype} {list(self.mask.shape)}, bool {list(expected)} as its "
+                "image was expected"
+            )
+        if not self.mask.any():
+            raise InvalidInput("the mask of an example is empty; at least one pixel of its image was expected")
+
+
 @dataclass(frozen=True)
 class Turn:
     """An earlier question of a conversation as it was asked, and its answer as shown and with tags as written."""
@@ -178,7 +197,8 @@ class Turn:
 class Prompt:
     """What is asked: text (never empty), the regions it is about, the language of the answer, the frame (0-based).
 
-    history: earlier turns about the same scans. settings: how the family is to ask, by name; each family tells which
+    history: earlier turns about the same scans. examples: what is to be outlined, shown on other images first, for a
+    family that takes examples. settings: how the family is to ask, by name; each family tells which
     it has (`Family.settings`), and one that it does not have is an error.
     """
 
@@ -188,6 +208,7 @@ class Prompt:
     frame: int = 0
     history: tuple[Turn, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.text.strip():

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from edgemed import __version__
 from edgemed.backends import BACKENDS, Artifact, Outputs, Runner, find_backend, open_runner
@@ -30,14 +31,14 @@ from edgemed.bundle import Bundle, find_bundle, is_checkpoint, open_bundle
 from edgemed.core import Answer, Finding, Language, Prompt, Provenance, Scan
 from edgemed.decoding import NOTHING_DECODED, Decoded, DecodeOptions, decode
 from edgemed.errors import BackendUnavailable, InvalidInput
-from edgemed.families import Family, Prepared, Question, Written, open_family
+from edgemed.families import EXAMPLE, Family, Prepared, Question, Written, open_family
 from edgemed.graphs import Feeds, GraphSpec
 
 DecodeMode = Literal["auto", "plain"]
 
 MAX_BEAMS = 16
 IMAGES_KEPT = 4
-"""How many images' features a Session keeps (native: 4 MiB each)."""
+"""How many images' features a Session keeps (native: 4 MiB each), or as many as one question has."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,22 @@ def open_session(
     device: str = "auto",
     threads: int | None = None,
     allow_cpu: bool = False,
+    roles: Collection[str] | None = None,
 ) -> Session:
     """Return a Session over the bundle of this name or in this folder, its graphs being loaded side by side.
 
     The back end "torch" takes the folder of a checkpoint instead and runs its modules as they are.
 
     device: "auto", "cpu", "gpu" or "gpu:N". allow_cpu: where the GPU that was asked for is not there, use the CPU; the
-    answers then say so. threads: CPU threads of each graph, default one for each physical core.
+    answers then say so. threads: CPU threads of each graph, default one for each physical core. roles: the only graphs
+    that are loaded; "vision_encoder" is all that `Session.embed` needs.
 
     Raises BundleError if the bundle does not hold; for torch, BackendUnavailable if torch is missing or this is no
     checkpoint, and what reading one raises. What a graph's loading raises (BackendUnavailable, BundleError,
     OutOfMemory) comes with the first question that needs the graph, or from `Session.wait`.
     """
     if backend != "torch":
-        return Session(open_bundle(bundle), backend, device, threads, allow_cpu)
+        return Session(open_bundle(bundle), backend, device, threads, allow_cpu, roles=roles)
     if not is_checkpoint(bundle):
         raise BackendUnavailable(
             f"the torch back end runs checkpoint folders, {find_bundle(bundle)} is a bundle of ONNX graphs: pass the "
@@ -96,13 +99,13 @@ def open_session(
     from edgemed.families.opened_torch import open_folder
 
     opened, artifact = open_folder(bundle)
-    return Session(opened, backend, device, threads, allow_cpu, artifact)
+    return Session(opened, backend, device, threads, allow_cpu, artifact, roles)
 
 
 class Session:
     """One opened bundle with its runners and the features of the last images. One question at a time.
 
-    artifact: what the back end runs for a role; default, the bundle's graph file.
+    artifact: what the back end runs for a role; default, the bundle's graph file. roles: see `open_session`.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Session:
         threads: int | None = None,
         allow_cpu: bool = False,
         artifact: Callable[[str], Artifact] | None = None,
+        roles: Collection[str] | None = None,
     ) -> None:
         self.bundle = bundle
         self._images: OrderedDict[bytes, _Image] = OrderedDict()
@@ -127,8 +131,9 @@ class Session:
                     raise
                 return open_runner(backend, runs, spec, device="cpu", threads=threads)
 
-        pool = ThreadPoolExecutor(max(1, len(bundle.manifest.graphs)), thread_name_prefix="load-graph")
-        self._runners: dict[str, Future[Runner]] = {r: pool.submit(load, r) for r in bundle.manifest.graphs}
+        wanted = [role for role in bundle.manifest.graphs if roles is None or role in roles]
+        pool = ThreadPoolExecutor(max(1, len(wanted)), thread_name_prefix="load-graph")
+        self._runners: dict[str, Future[Runner]] = {r: pool.submit(load, r) for r in wanted}
         pool.shutdown(wait=False)
         try:
             self.family: Family = open_family(bundle)  # while the graphs load
@@ -180,12 +185,23 @@ class Session:
         moved = tuple(Finding(f.text, tuple(i + len(found.regions) for i in f.regions)) for f in answer.findings)
         return replace(answer, regions=(*found.regions, *answer.regions), notes=notes, findings=moved)
 
+    def embed(self, scan: Scan, frame: int = 0) -> npt.NDArray[np.float32]:
+        """Return what a frame is like, [width], of length 1: dot products of such vectors are cosine similarities.
+
+        Only vision_encoder is run. Vectors of different bundles cannot be compared.
+
+        Raises InvalidInput if the frame was not read, and what loading the graph raised.
+        """
+        with self._lock:
+            prepared = self.family.prepare((scan,), Prompt("?", frame=frame))
+            return self.family.embedding(self._encoded(_Run(self._runners, self.family.graphs()), prepared).features)
+
     def _answer(self, scans: Sequence[Scan], prompt: Prompt, options: InferOptions) -> Answer:
         """Return the answer to one question."""
         run = _Run(self._runners, self.family.graphs())
         with run.timed("prepare"):
             prepared = self.family.prepare(scans, prompt)
-        features, projected = self._image(run, prepared)
+        features, projected = self._images_of(run, prepared)
         with run.timed("prepare"):
             question = self.family.ask(prompt, prepared, projected, constrained=options.grammar)
         decoded = _decode(run, question, options)
@@ -208,25 +224,41 @@ class Session:
             vocabulary=_vocabulary(run.specs),
         )
 
-    def _image(self, run: _Run, prepared: Prepared) -> tuple[Feeds, Feeds]:
+    def _images_of(self, run: _Run, prepared: Prepared) -> tuple[Feeds, Feeds]:
+        """Return what `_image` gives, and the projector's outputs for the examples stacked beside its own."""
+        keep = max(IMAGES_KEPT, 1 + len(prepared.examples))
+        features, projected = self._image(run, prepared, keep)
+        shown = [self._image(run, example, keep)[1] for example in prepared.examples]
+        if not shown:
+            return features, projected
+        return features, {**projected, **{EXAMPLE + name: np.stack([s[name] for s in shown]) for name in shown[0]}}
+
+    def _image(self, run: _Run, prepared: Prepared, keep: int) -> tuple[Feeds, Feeds]:
         """Return (the encoder's outputs, the projector's), from memory where the same feeds were asked about before."""
         if not prepared.vision:
             return {}, {}
-        key = _digest(prepared.vision)
-        if key in self._images:
-            self._images.move_to_end(key)
-            run.timings["vision_encoder"] = 0.0
-        else:
-            self._images[key] = _Image(run.graph("vision_encoder", prepared.vision))
-            while len(self._images) > IMAGES_KEPT:
-                self._images.popitem(last=False)
-        image = self._images[key]
+        image = self._encoded(run, prepared, keep)
         regions = _digest(prepared.projector)
         if regions not in image.projected:
             outputs = run.graph("projector", prepared.projector, image.features)
             image.projected.clear()  # only the last: a mask of the user gives a key of its own each time
             image.projected[regions] = outputs
         return image.features, image.projected[regions]
+
+    def _encoded(self, run: _Run, prepared: Prepared, keep: int = IMAGES_KEPT) -> _Image:
+        """Return an image with the encoder's outputs, from memory where the same feeds were asked about before.
+
+        keep: how many images' features stay in memory.
+        """
+        key = _digest(prepared.vision)
+        if key in self._images:
+            self._images.move_to_end(key)
+            run.timings.setdefault("vision_encoder", 0.0)
+        else:
+            self._images[key] = _Image(run.graph("vision_encoder", prepared.vision))
+            while len(self._images) > keep:
+                self._images.popitem(last=False)
+        return self._images[key]
 
     def _provenance(self, run: _Run, options: InferOptions, decoded: Decoded) -> Provenance:
         manifest = self.bundle.manifest

@@ -50,7 +50,7 @@ def _published(folder: Path, output: Path, options: ExportOptions) -> Bundle:
         options.tell(f"{len(checkpoint.replaced)} tensors of the folder are replaced by those given beside it")
     conversion = Conversion(options.name or bundle_name(folder.resolve()), _formats(options))
     wanted = worth_comparing(published) if options.compare is None else options.compare
-    if not wanted:
+    if options.compare is None and not wanted:
         options.tell("the graphs are not compared with torch: the weights are too large for this machine's memory")
 
     def check(paths: Mapping[str, Path]) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from onnx import TensorProto
 
 from edgemed.blocks import as_float32
 from edgemed.errors import InvalidInput
-from edgemed.export.graph_writer import FUSED, GraphWriter
+from edgemed.export.graph_writer import FUSED, GraphWriter, smallest
 from edgemed.families.specs import SIDES
 from edgemed.graphs import GraphSpec
 
@@ -49,8 +49,9 @@ def build_decoder_graph(
 
     tensors: the names and [out, in] layouts of `edgemed.models.llama.Llama.state_dict()`, any float dtype, NumPy or
     torch; each is read once, when it is written.
-    embedding_dtype: how the embedding table is stored; float16 halves it, at a relative error of 2 ** -11; "exact": as
-    it is. experts: how many each layer has; () means that all are dense. writer: where weights go and in which format.
+    embedding_dtype: how the embedding table is stored; float16 halves it, at a relative error of 2 ** -11; "exact": in
+    the smallest type that holds it. experts: how many each layer has; () means that all are dense. writer: where
+    weights go and in which format.
 
     Ids below config.vocabulary are tokens, id vocabulary + i is row i of `image_tokens`. `past_length` tokens of the
     cache are valid; a smaller number than last time rolls back. `logits_from` counts within this call's ids.
@@ -109,7 +110,10 @@ class _Builder:
         """Return [1, sequence, width]: embedding rows, or rows of image_tokens where the id is past the vocabulary."""
         c = self.config
         read = self.tensor("embedding.weight", c.vocabulary, c.width)
-        as_stored = read if dtype == "exact" else (lambda: as_float32(read()).astype(dtype))
+
+        def as_stored() -> Array:
+            return smallest(read()) if dtype == "exact" else as_float32(read()).astype(dtype)
+
         table = self.writer.stored("embedding.weight", c.vocabulary * c.width, as_stored)
         vocabulary, zero = self.constant("vocabulary", np.array(c.vocabulary)), self.constant("zero", np.array(0))
         from_image = self.node("GreaterOrEqual", ["input_ids", vocabulary], "from_image")

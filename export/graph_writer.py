@@ -228,7 +228,7 @@ class GraphWriter:
         return cast
 
     def matmul(self, x: str, name: str, rows: int, columns: int, read: Read, output: str) -> str:
-        """Return x [..., columns] @ weight.T for the [rows, columns] that `read` gives, stored in the writer's format."""
+        """Return x [..., columns] @ weight.T; `read` gives weight [rows, columns], stored in the writer's format."""
         form = self.matrices
         if form.precision == "fp32":
             matrix = self.weight(name, rows * columns, lambda: read().T)

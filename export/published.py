@@ -35,12 +35,15 @@ Progress = Callable[[int, int], None]
 
 _SPARE = 1.01  # what the estimate of the size leaves for nodes and norms
 _NOT_PACKED = ("embedding.weight", "router.weight")
-_LICENCE = "Weights: those of the checkpoint that this bundle was made from. Their terms are their owner's; edgemed adds none.\n"
+_LICENCE = (
+    "Weights: those of the checkpoint that this bundle was made from. Their terms are their owner's; "
+    "edgemed adds none.\n"
+)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a checkpoint becomes a bundle: the format of the matrices by role (others are exact), and the bundle's name."""
+    """How a checkpoint becomes a bundle: its name, and the format of the matrices by role; others are exact."""
 
     name: str
     formats: Mapping[str, MatrixFormat] = field(default_factory=dict)
@@ -164,9 +167,9 @@ def _write_graphs(
         path = paths[role] = part / graph_file(role)
         started = done
 
-        def advance(size: int) -> None:
+        def advance(size: int, most: int = started + sizes[role]) -> None:
             nonlocal done
-            done = min(done + size, started + sizes[role])  # the scales of blocks come on top of their weights
+            done = min(done + size, most)  # the scales of blocks come on top of their weights
             if progress:
                 progress(done, total)
 

@@ -22,6 +22,7 @@ LAYERS = {
     "cli": 6,
     "infer": 5,
     "evaluation": 5,
+    "retrieval": 5,
     "calibration": 5,
     "decoding": 4,
     "beam_search": 4,
@@ -49,6 +50,7 @@ TORCH = {"torch", "safetensors"}
 OUTSIDE = {
     "cli": {"click", "numpy", "pydicom", "onnxruntime"},  # the last two only in `doctor`, inside its functions
     "infer": {"numpy"},
+    "retrieval": {"numpy"},
     "evaluation": {"numpy", "nibabel", "pydicom"},  # the last two inside functions
     "calibration": {"numpy", "onnx", "onnxruntime"},
     "decoding": {"numpy"},

@@ -16,60 +16,35 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgemed.cli.options import Asking, family_options, model_options, shown_options, writing_options
 from edgemed.cli.verbs import debug_option, describe
 from edgemed.errors import BackendUnavailable, BatchPartlyFailed, BundleError, CannotWrite, EdgemedError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from edgemed.core import Answer, Language, Prompt, PromptRegion, Scan, Turn
+    from edgemed.core import Answer, Prompt, PromptRegion, Scan, Turn
     from edgemed.dicom import Reader
-    from edgemed.infer import DecodeMode, Session
+    from edgemed.infer import Session
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(Asking):
     """The options of `edgemed infer`, under the names they have on the command line."""
 
     inputs: tuple[str, ...]
     prompts: tuple[str, ...]
     regions: tuple[str, ...] = ()
-    bundle: str = "nano"
-    backend: str = "auto"
-    device: str = "auto"
-    allow_cpu: bool = False
-    lang: str = "auto"
-    frame: int = 0
-    window: str | None = None
-    decode: DecodeMode = "auto"
-    no_grammar: bool = False
     tokens: bool = False
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    seed: int = 0
     folder: str | None = None
     overlay: bool = False
     panels: bool = False
     router: str | None = None
-    settings: tuple[str, ...] = ()
-    compat: str | None = None
-    task: str | None = None
-    prompts_file: str | None = None
-    labels: str | None = None
     together: bool = False
     chat: bool = False
-    beams: int = 1
     json: bool = False
     report: str | None = None
     quiet: bool = False
-
-
-def check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Return `value` if it is auto, cpu, gpu or gpu:N; raises click.BadParameter."""
-    kind, colon, number = value.partition(":")
-    if value in ("auto", "cpu", "gpu") or (kind == "gpu" and colon and number.isdecimal()):
-        return value
-    raise click.BadParameter(f"{value!r} is not auto, cpu, gpu or gpu:N.")
 
 
 @click.command("infer", short_help="Ask about scans.")
@@ -85,57 +60,11 @@ def check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> 
 )
 @click.option("--together", is_flag=True, help="Ask about all inputs in one question.")
 @click.option("--chat", is_flag=True, help="The prompts are turns of one conversation.")
-@click.option("--task", metavar="NAME", help="Whose base prompt goes with the question (families that have one).")
-@click.option("--prompts", "prompts_file", metavar="FILE", help="Base prompts from the owner's meta file.")
-@click.option("--labels", metavar="NAME|FILE", help="Labels of a classification.")
-@click.option("--compat", metavar="NAME", help="Whose quirks are kept: reference, corrected or release-cli.")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A setting of the model's family; repeatable. 'edgemed models show BUNDLE' lists them.",
-)
-@click.option("--bundle", default="nano", show_default=True, metavar="NAME|FOLDER", help="The model to ask.")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "onnxruntime", "tensorrt", "torch"]),
-    default="auto",
-    show_default=True,
-    help="The engine that runs the graphs.",
-)
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|gpu|gpu:N", callback=check_device, help="Where."
-)
-@click.option("--allow-cpu", is_flag=True, help="Use the CPU if the GPU that was asked for is not there.")
-@click.option(
-    "--lang",
-    type=click.Choice(["auto", "en", "zh"]),
-    default="auto",
-    show_default=True,
-    help="Language of the answer; auto: that of the question.",
-)
-@click.option("--frame", type=click.IntRange(min=0), default=0, show_default=True, help="Frame of a multi-frame file.")
-@click.option(
-    "--window", metavar="PRESET|CENTER,WIDTH", help="Grey levels to show: a preset (lung, bone, brain ...) or numbers."
-)
-@click.option(
-    "--decode",
-    type=click.Choice(["auto", "plain"]),
-    default="auto",
-    show_default=True,
-    help="plain: one token a step, the reference for every faster way.",
-)
-@click.option("--no-grammar", is_flag=True, help="Let the model write what it likes.")
+@family_options
+@model_options
+@shown_options
+@writing_options
 @click.option("--tokens", is_flag=True, help="Add prompt_ids and generated_ids to the JSON.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the likeliest token."
-)
-@click.option(
-    "--beams", type=click.IntRange(1, 16), default=1, show_default=True, help="Above 1: beam search, at temperature 0."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0.")
 @click.option("-o", "folder", metavar="FOLDER", help="Write NAME.answer.json of each input there, made if missing.")
 @click.option("--overlay", is_flag=True, help="Write NAME.overlay.png into FOLDER (default: the current one).")
 @click.option("--panels", is_flag=True, help="Write NAME.panels.png: image, mask and both, side by side.")
@@ -217,15 +146,8 @@ def _open_in_background(request: Request) -> Future[Session]:
     """Return the session to be: the bundle is opened in a thread while the first scan is read."""
     from concurrent.futures import ThreadPoolExecutor
 
-    def open_it() -> Session:
-        from edgemed.infer import open_session
-
-        return open_session(
-            bundle=request.bundle, backend=request.backend, device=request.device, allow_cpu=request.allow_cpu
-        )
-
     pool = ThreadPoolExecutor(1, thread_name_prefix="open-session")
-    future = pool.submit(open_it)
+    future = pool.submit(request.open_session)
     pool.shutdown(wait=False)
     return future
 
@@ -234,46 +156,22 @@ def _prompts(request: Request, scans: Sequence[Scan], reader: Reader) -> list[Pr
     """Return the questions with the regions they are about, checked against the first scan."""
     from edgemed.cli.regions import read_region
     from edgemed.core import Prompt
-    from edgemed.language import answer_language
 
     if request.regions and not scans:
         raise EdgemedError("a region was given without an image; an INPUT was expected")
     regions: tuple[PromptRegion, ...] = tuple(read_region(text, scans[0], reader.read) for text in request.regions)
-    chosen: dict[str, Language] = {"en": "en", "zh": "zh"}
-    settings = _settings(request)
+    settings = request.family_settings()
     return [
-        Prompt(text, regions, chosen.get(request.lang) or answer_language(text), request.frame, settings=settings)
+        Prompt(text, regions, request.language(text), request.frame, settings=settings)
         for text in request.prompts
     ]
-
-
-def _settings(request: Request) -> dict[str, str]:
-    """Return the settings for the family: those of --set, and those that have an option of their own."""
-    settings: dict[str, str] = {}
-    for text in request.settings:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise EdgemedError(f"--set {text!r} has another form than NAME=VALUE")
-        settings[name] = value
-    own = {"compat": request.compat, "task": request.task, "prompts": request.prompts_file, "labels": request.labels}
-    return {**settings, **{name: value for name, value in own.items() if value is not None}}
 
 
 def _ask(
     session: Session, scans: Sequence[Scan], prompt: Prompt, request: Request, started: float, read_ms: float
 ) -> Answer:
     """Return the answer; its timings also tell reading and the time from `started` on."""
-    from edgemed.infer import InferOptions
-
-    options = InferOptions(
-        decode=request.decode,
-        grammar=not request.no_grammar,
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
-        beams=request.beams,
-        router=request.router is not None,
-    )
+    options = request.infer_options(router=request.router is not None)
     answer = session.ask(scans, prompt, options)
     total_ms = (time.perf_counter() - started) * 1000
     timings = {"read": read_ms, **answer.provenance.timings_ms, "total": total_ms}

@@ -52,8 +52,9 @@ def list_them(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object.")
 @debug_option
 def show(bundle: str, as_json: bool) -> None:
-    """Show what a bundle says of itself: family, graphs, precisions, versions, licences and its model card."""
+    """Show what a bundle says of itself: family, graphs, precisions, versions, licences, settings and its model card."""
     from edgemed.bundle import find_bundle, read_manifest, to_bytes
+    from edgemed.families import settings_of
 
     folder = find_bundle(bundle)
     manifest = read_manifest(folder)
@@ -66,6 +67,7 @@ def show(bundle: str, as_json: bool) -> None:
     facts += [(f"made with {name}", version) for name, version in manifest.versions.items()]
     facts += [(f"licence of {part}", licence) for part, licence in manifest.licences.items()]
     facts += [("files", str(len(manifest.files)))]
+    facts += [(f"--set {name}=", meaning) for name, meaning in settings_of(manifest.family).items()]
     _print_table(facts)
     card = folder / "reports" / "card.md"
     if "reports/card.md" in manifest.files and card.is_file():

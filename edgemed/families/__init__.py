@@ -30,18 +30,23 @@ from edgemed.graphs import Feeds, GraphSpec
 
 Array = npt.NDArray[Any]
 
+EXAMPLE = "example_"
+"""How the names of the projector's outputs for examples begin."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """The feeds of the first two graphs for one scan and prompt, and `state`: what the family wants back (views ...).
 
     vision: feeds of vision_encoder; equal bytes mean equal features, so they are also the key under which features are
-    kept. projector: feeds of projector beside the features.
+    kept. projector: feeds of projector beside the features. examples: of other pictures that are shown before the
+    question, in order, without examples of their own.
     """
 
     vision: Feeds
     projector: Feeds
     state: Any
+    examples: tuple[Prepared, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +112,11 @@ class Family(Protocol):
         """
 
     def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
-        """Return the question; projected: the projector's outputs. Unless `constrained`, any token may follow any."""
+        """Return the question. Unless `constrained`, any token may follow any.
+
+        projected: the projector's outputs; where there are examples, those of all examples are there too, one after the
+        other along a new first axis, under the names with `EXAMPLE` before them.
+        """
 
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
         """Return the feeds of mask_decoder beside the features, batch by batch; () if nothing is to be outlined."""
@@ -122,6 +131,9 @@ class Family(Protocol):
         masks: Sequence[Feeds],
     ) -> Reading:
         """Return the answer; masks: the mask decoder's outputs for each of `mask_feeds`. Never raises on odd text."""
+
+    def embedding(self, features: Feeds) -> npt.NDArray[np.float32]:
+        """Return what an image is like, [width], of length 1; features: the outputs of vision_encoder."""
 
     def notice(self, language: Language) -> str:
         """Return the sentence that goes with every answer of this bundle (what it must not be used for), or ""."""
@@ -145,6 +157,14 @@ def open_family(bundle: Bundle) -> Family:
     return family
 
 
+def settings_of(name: str) -> Mapping[str, str]:
+    """Return the settings that a prompt to a family may hold, each with what it may be; {} for an unknown family."""
+    if name not in FAMILIES:
+        return {}
+    settings: Mapping[str, str] = getattr(importlib.import_module(FAMILIES[name].partition(":")[0]), "SETTINGS", {})
+    return settings
+
+
 class SingleQuestions:
     """What most families do before a question: nothing."""
 
@@ -157,8 +177,13 @@ class SingleQuestions:
         return prompt
 
 
-def check_settings(prompt: Prompt, known: Mapping[str, str], family: str) -> None:
-    """Raise InvalidInput naming the first setting of `prompt` that the family does not have."""
+def check_settings(prompt: Prompt, known: Mapping[str, str], family: str, *, examples: bool = False) -> None:
+    """Raise InvalidInput naming the first setting of `prompt` that the family does not have.
+
+    examples: whether the family takes any; a prompt with some is refused where it does not.
+    """
+    if prompt.examples and not examples:
+        raise InvalidInput(f"the family {family} takes no examples; ask without them")
     for name in prompt.settings:
         if name not in known:
             has = f"it has {', '.join(sorted(known))}" if known else "it has none"
@@ -171,6 +196,21 @@ def chosen(prompt: Prompt, name: str, allowed: Sequence[str], default: str) -> s
     if value not in allowed:
         raise InvalidInput(f"{name} is {value!r}; one of {', '.join(allowed)} was expected")
     return value
+
+
+def mean_direction(rows: Array) -> npt.NDArray[np.float32]:
+    """Return the mean of all rows of [..., width] at length 1.
+
+    Raises InvalidInput if it has no direction: all zero, or not finite.
+
+    >>> mean_direction(np.array([[[3.0, 0.0], [3.0, 8.0]]]))
+    array([0.6, 0.8], dtype=float32)
+    """
+    mean = rows.reshape(-1, rows.shape[-1]).mean(axis=0, dtype=np.float64)
+    length = float(np.linalg.norm(mean))
+    if not 0 < length < np.inf:
+        raise InvalidInput(f"the image's features have a mean of length {length:g}; there is nothing to compare")
+    return (mean / length).astype(np.float32)
 
 
 def one_scan(scans: Sequence[Scan], family: str) -> Scan:

@@ -1,8 +1,9 @@
 """The medplib family at run time: a picture and places as masks in, text and pixel masks out; English.
 
-Covers prompt ids with image and region rows, which hidden state makes a mask, native prompts of the mask decoder, and
-bringing masks back to the scan. The pieces lie beside it: `medplib_view` (pixels, regions, masks), `medplib_text`
-(template), `published_tokens`. Does not cover running graphs or decoding.
+Covers prompt ids with image and region rows, examples that are shown before the picture (in context), which hidden
+state makes a mask, native prompts of the mask decoder, and bringing masks back to the scan. The pieces lie beside it:
+`medplib_view` (pixels, regions, masks), `medplib_text` (template), `published_tokens`. Does not cover running graphs or
+decoding.
 
 Source of the behaviour: github ShawnHuang497/MedPLIB at 5ab54bc, release-cli at 9c3efe9; tests/reference/medplib-tiny.
 """
@@ -10,7 +11,7 @@ Source of the behaviour: github ShawnHuang497/MedPLIB at 5ab54bc, release-cli at
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,10 @@ from PIL import Image
 
 from edgemed.box_grammar import FreeGrammar
 from edgemed.bundle import Bundle
-from edgemed.core import Language, Prompt, PromptRegion, Region, Scan
+from edgemed.core import Example, Language, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families import (
+    EXAMPLE,
     Prepared,
     Question,
     Reading,
@@ -28,13 +30,16 @@ from edgemed.families import (
     Written,
     check_settings,
     chosen,
+    mean_direction,
     one_scan,
 )
-from edgemed.families.medplib_config import COMPAT
-from edgemed.families.medplib_text import IMAGE_ID, REGION_ID, Compat, MedplibText
+from edgemed.families.medplib_config import COMPAT, MAX_EXAMPLES
+from edgemed.families.medplib_text import IMAGE_ID, REGION_ID, Compat, Icl, MedplibText, example_lines
 from edgemed.families.medplib_view import (
     MaskMode,
     MedplibView,
+    mask_picture,
+    overlaid,
     placed,
     postprocess,
     region_mask,
@@ -53,10 +58,12 @@ NOTICE: Mapping[Language, str] = {
 
 _ROLES = ("vision_encoder", "projector", "decoder", "mask_decoder")
 _MAY_BE_TYPED = ("<region>", "</region>")
-_SETTINGS: Mapping[str, str] = {
+SETTINGS: Mapping[str, str] = {
     "compat": "reference (default): as training and the web demo; corrected: masks without the published stretching, "
     "one for each <SEG>; release-cli: the first release's template and <SEG> rule",
     "task": "answer (default), or outline: the mask decoder alone outlines each region, nothing is written",
+    "icl": "overlay (default): the mask of an example is drawn into its image; separate: it comes as an image of its "
+    "own, or through the mask encoder where the model has one",
 }
 
 
@@ -77,6 +84,7 @@ class Medplib(SingleQuestions):
         self._text = MedplibText(PublishedTokens.open(bundle.file(TOKENIZER)))
         logits = next(t for t in self._graphs["decoder"].outputs if t.name == "logits")
         self._vocabulary = logits.shape[-1]
+        self._tokens = {t.name: cast("int", t.shape[0]) for t in self._graphs["projector"].outputs}
         self._no_rows = np.zeros((1, cast("int", self._graphs["decoder"].inputs[1].shape[-1])), np.float32)
         if not isinstance(self._vocabulary, int) or self._text.tokens.vocabulary > self._vocabulary:
             raise BundleError(
@@ -95,20 +103,22 @@ class Medplib(SingleQuestions):
 
     def settings(self) -> Mapping[str, str]:
         """Return the settings of a prompt, each with what it may be."""
-        return _SETTINGS
+        return SETTINGS
 
     def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
         """Return the feeds of vision_encoder and projector; nothing where there is no image. State: rows and columns.
 
-        Raises InvalidInput if there is more than one image, a region has none or is empty, the prompt has a history, or
-        a setting is unknown.
+        Raises InvalidInput if there is more than one image, a region has none or is empty, the prompt has a history, a
+        setting is unknown, or the examples are too many or come with regions.
         """
-        check_settings(prompt, _SETTINGS, "medplib")
+        check_settings(prompt, SETTINGS, "medplib", examples=True)
         if prompt.history:
             raise InvalidInput("the family medplib answers single questions; ask without the earlier ones")
         if not scans:
             if prompt.regions or self._outlines(prompt):
                 raise InvalidInput("a region was asked about without an image; an image was expected")
+            if prompt.examples:
+                raise InvalidInput("examples were given without an image to ask about; an image was expected")
             return Prepared({}, {}, None)
         scan = one_scan(scans, "medplib")
         if self._outlines(prompt) and not prompt.regions:
@@ -119,12 +129,59 @@ class Medplib(SingleQuestions):
         if len(masks) > most:
             raise InvalidInput(f"the prompt has {len(masks)} regions; at most {most} fit")
         weights = [region_weights(self._view.region_map(mask)) for mask in masks]
-        unused = np.zeros((1, self._view.grid**2), np.float32)
+        self._check_examples(prompt)
         return Prepared(
             {"clip_image": self._view.clip_image(shown), "sam_image": self._view.sam_image(shown)},
-            {"region_weights": np.stack(weights) if weights else unused},
+            {**self._no_places(), **({"region_weights": np.stack(weights)} if weights else {})},
             (scan.rows, scan.columns),
+            tuple(picture for example in prompt.examples for picture in self._shown_first(example, self._icl(prompt))),
         )
+
+    def _no_places(self) -> dict[str, npt.NDArray[Any]]:
+        """Return feeds of the projector for a picture without a region or a mask."""
+        inputs = [t for t in self._graphs["projector"].inputs if t.name != "image_features"]
+        return {t.name: np.zeros([d if isinstance(d, int) else 1 for d in t.shape], t.dtype) for t in inputs}
+
+    def _shown_first(self, example: Example, mode: Icl) -> tuple[Prepared, ...]:
+        """Return an example as one picture or two. Only CLIP looks at them: what goes to SAM is blank."""
+        shown, places = example.scan.shown(example.frame), self._no_places()
+        if mode == "overlay":
+            pictures = [overlaid(shown, example.mask)]
+        elif self._encodes_masks:
+            pictures = [shown]
+            places["mask_image"] = self._view.mask_image(example.mask)
+        else:
+            pictures = [shown, mask_picture(example.mask)]
+        blank = np.zeros((1, 3, self._view.sam_side, self._view.sam_side), np.float32)
+        return tuple(
+            Prepared({"clip_image": self._view.clip_image(p), "sam_image": blank}, places, None) for p in pictures
+        )
+
+    def _check_examples(self, prompt: Prompt) -> None:
+        """Raise InvalidInput if there are too many examples for the authors' code or for the context, or regions."""
+        mode, count = self._icl(prompt), len(prompt.examples)
+        if not count:
+            return
+        if count > MAX_EXAMPLES:
+            raise InvalidInput(f"the prompt has {count} examples; 1 to {MAX_EXAMPLES} were expected")
+        if prompt.regions:
+            raise InvalidInput("the prompt has examples and regions; only one of the two was expected")
+        image = self._tokens["image_tokens"]
+        of_mask = 0 if mode == "overlay" else self._tokens.get("mask_tokens", image)
+        written = sum(index != IMAGE_ID for index in self._written(prompt, image=True))
+        total, room = written + image + count * (image + of_mask), self._graphs["decoder"].dims["cache"].max
+        if total >= room:
+            raise InvalidInput(
+                f"the prompt has {total} tokens with its {count} examples ({mode}); at most {room - 1} fit. Give fewer "
+                f"examples{', or use icl=overlay' if mode == 'separate' else ''}"
+            )
+
+    @property
+    def _encodes_masks(self) -> bool:
+        return "mask_tokens" in self._tokens
+
+    def _icl(self, prompt: Prompt) -> Icl:
+        return cast("Icl", chosen(prompt, "icl", get_args(Icl), "overlay"))
 
     def _outlines(self, prompt: Prompt) -> bool:
         return chosen(prompt, "task", ("answer", "outline"), "answer") == "outline"
@@ -133,31 +190,47 @@ class Medplib(SingleQuestions):
         return cast("Compat", chosen(prompt, "compat", COMPAT, self._compat))
 
     def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
-        """Return the prompt's ids over the image's and the regions' rows. There is no grammar yet."""
-        image = bool(prepared.vision)
-        regions = len(prompt.regions)
+        """Return the prompt's ids over the rows of all images, then of the regions. There is no grammar yet."""
         if self._outlines(prompt):
             return Question([], {}, self._grammar, self._text.stop_id)
-        compat = self._compat_of(prompt)
-        question = self._text.tokens.plain(prompt.text, _MAY_BE_TYPED)
-        written = self._text.encode_prompt(question, regions=regions, image=image, compat=compat)
-        patches = len(projected["image_tokens"]) if image else 0
-        self._text.positions(written, patches)
+        images = self._image_rows(prompt, projected) if prepared.vision else []
+        sizes = [len(rows) for rows in images]
         assert isinstance(self._vocabulary, int)
         ids: list[int] = []
-        row = self._vocabulary + patches
-        for index in written:
-            if index == IMAGE_ID:
-                ids += range(self._vocabulary, self._vocabulary + patches)
-            elif index == REGION_ID:
-                ids.append(row)
-                row += 1
+        row = self._vocabulary
+        for index in self._written(prompt, image=bool(images)):
+            if index in (IMAGE_ID, REGION_ID):
+                count = sizes.pop(0) if index == IMAGE_ID else 1
+                ids += range(row, row + count)
+                row += count
             else:
                 ids.append(index)
         rows: npt.NDArray[Any] = self._no_rows
-        if image:
-            rows = np.concatenate([projected["image_tokens"], projected["region_tokens"][:regions]])
+        if images:
+            rows = np.concatenate([*images, projected["region_tokens"][: len(prompt.regions)]])
         return Question(ids, {"image_tokens": rows}, self._grammar, self._text.stop_id, None)
+
+    def _written(self, prompt: Prompt, *, image: bool) -> list[int]:
+        """Return the prompt's ids; each image, mask of an example, and region is one pseudo-id."""
+        before = example_lines(len(prompt.examples), self._icl(prompt))
+        question = self._text.tokens.plain(prompt.text, _MAY_BE_TYPED)
+        written = self._text.encode_prompt(
+            question, regions=len(prompt.regions), image=image, before=before, compat=self._compat_of(prompt)
+        )
+        if not prompt.examples:
+            self._text.positions(written, self._tokens["image_tokens"])
+        return written
+
+    def _image_rows(self, prompt: Prompt, projected: Feeds) -> list[npt.NDArray[Any]]:
+        """Return the rows of each image in order; those of a mask that was encoded come after its image's."""
+        shown = [*projected[EXAMPLE + "image_tokens"]] if prompt.examples else []
+        if prompt.examples and self._encodes_masks and self._icl(prompt) == "separate":
+            shown = [rows for pair in zip(shown, projected[EXAMPLE + "mask_tokens"], strict=True) for rows in pair]
+        return [*shown, projected["image_tokens"]]
+
+    def embedding(self, features: Feeds) -> npt.NDArray[np.float32]:
+        """Return the mean of the last layer's patches of the CLIP tower, [width], at length 1, as published."""
+        return mean_direction(features["last_features"])
 
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
         """Return one batch for the `<SEG>` vectors that make a mask, or for the regions of task outline; else none."""

@@ -24,6 +24,8 @@ MODEL_TYPE = "medplib_moe_llama"
 """What `model_type` of the published config holds."""
 COMPAT = ("reference", "corrected", "release-cli")
 """Whose quirks are kept: training's and the web demo's (the default), none, or those of the first release's CLI."""
+MAX_EXAMPLES = 3
+"""The most examples that the authors' code shows before a question."""
 
 CLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
 """Where the CLIP tower's tensors are in a checkpoint."""
@@ -83,8 +85,10 @@ class MedplibConfig:
 
     select_layer: which hidden state of the tower is the feature, as the tower counts them (-2: what enters the last
     layer). projector_depth: linear layers from feature to image token. mask_width: width of the `<SEG>` vector.
-    region_points: the most cells of a region that the authors' code samples. fell_back: the keys that were missing, in
-    the order they were looked up; `clip.` is the tower's own config.json. notes: what else the export should say.
+    region_points: the most cells of a region that the authors' code samples. compressed_tokens: what the tokens of a
+    picture are averaged down to; mask_tokens: what the mask encoder gives; None where there is no such part. fell_back:
+    the keys that were missing, in the order they were looked up; `clip.` is the tower's own config.json. notes: what
+    else the export should say.
     """
 
     tower: TowerConfig
@@ -93,13 +97,20 @@ class MedplibConfig:
     projector_depth: int
     mask_width: int
     region_points: int
+    compressed_tokens: int | None
+    mask_tokens: int | None
     fell_back: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
-    def image_tokens(self) -> int:
-        """Image tokens of one picture: 576 for the released model."""
+    def patches(self) -> int:
+        """Patches of one picture: 576 for the released model."""
         return self.tower.grid**2
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of one picture: as many as patches, or 256 where they are compressed as published."""
+        return self.compressed_tokens or self.patches
 
 
 def read_config(
@@ -135,6 +146,8 @@ def read_config(
         projector_depth=int(depth[1]),
         mask_width=keys.positive("out_dim", 256),
         region_points=keys.positive("max_sample_point", 512),
+        compressed_tokens=_optional_tokens(keys, "mm_token_compress", "mm_compressed_token_count", 256),
+        mask_tokens=_optional_tokens(keys, "icl_mask_encoder", "mask_encoder_token_count", 64),
         fell_back=tuple(keys.fell_back),
         notes=tuple(keys.notes),
     )
@@ -170,6 +183,12 @@ def _tower_file(folder: Path, config: Mapping[str, Any], file_name: str) -> dict
     if not isinstance(found, dict):
         raise InvalidInput(f"{name}/{file_name} of the CLIP tower holds no object with keys")
     return found
+
+
+def _optional_tokens(keys: Keys, flag: str, count: str, published: int) -> int | None:
+    """Return how many tokens an optional part gives, or None where `flag` does not ask for it: most configs lack it."""
+    keys.must_be(flag, False, True)
+    return keys.positive(count, published) if keys.config.get(flag) else None
 
 
 def _language(keys: Keys) -> LanguageConfig:
@@ -268,6 +287,4 @@ def _check_refused(keys: Keys) -> None:
     keys.must_be("attention_bias", False)
     keys.must_be("rope_scaling", None)
     keys.must_be("mm_vision_select_feature", "patch")
-    keys.must_be("mm_token_compress", False)
-    keys.must_be("icl_mask_encoder", False)
     keys.must_be("region_geo_sampler", False)

@@ -18,6 +18,14 @@ What the modes of compatibility mean here:
                   is the wrong place if the answer has a colon; with exactly one `<SEG>` the vector comes from the
                   second to last position
 
+Examples come before the image, each as an image with its mask drawn in, or as two images, the mask second:
+
+    Example 1: <im_start>[image]<im_end> The blue overlay ... mask. Query: <im_start>[image]<im_end> question
+    Example 1 image: <im_start>[image]<im_end> Example 1 mask: <im_start>[mask]<im_end> Query: ...
+
+The lines are those that the authors' code writes for samples without a conversation of their own; every image stays
+where its line has it. No published weights were trained with them.
+
 Source: github ShawnHuang497/MedPLIB at 5ab54bc; tests/reference/medplib-tiny.
 """
 
@@ -30,10 +38,11 @@ from typing import Literal
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families.published_tokens import PublishedTokens
 
-__all__ = ["IMAGE_ID", "REGION_ID", "Compat", "MedplibText", "Wording"]
+__all__ = ["IMAGE_ID", "REGION_ID", "Compat", "Icl", "MedplibText", "Wording", "example_lines"]
 
 Compat = Literal["reference", "corrected", "release-cli"]
 Wording = Literal["human", "user"]
+Icl = Literal["overlay", "separate"]
 
 IMAGE_ID = -200
 """Stands for the image's rows in a list of ids."""
@@ -43,6 +52,7 @@ IGNORED = -100
 """The training label of a position without a target."""
 
 IMAGE = "<image>"
+_PICTURE = f"<im_start>{IMAGE}<im_end>\n"
 REGION = "<region></region>"
 _REGION_TAG = re.compile(r"<region>[^<]*</region>|<region>|</region>")
 _MASK_TAG = re.compile(r"<mask>[^<]*</mask>")
@@ -79,6 +89,23 @@ def with_regions(question: str, regions: int) -> str:
     return _REGION_TAG.sub(keep, question) + f" {REGION}" * left
 
 
+def example_lines(count: int, mode: Icl) -> str:
+    """Return what comes before the image that is asked about: "" without examples.
+
+    >>> print(example_lines(1, "overlay") + "?")
+    Example 1: <im_start><image><im_end>
+    The blue overlay is the reference segmentation mask.
+    Query: ?
+    """
+    if count == 0:
+        return ""
+    lines = {
+        "overlay": f"Example {{0}}: {_PICTURE}The blue overlay is the reference segmentation mask.\n",
+        "separate": f"Example {{0}} image: {_PICTURE}Example {{0}} mask: {_PICTURE}",
+    }[mode]
+    return "".join(lines.format(i + 1) for i in range(count)) + "Query: "
+
+
 class MedplibText:
     """Prompts and answers over one tokenizer. Holds no state; safe to share.
 
@@ -102,16 +129,18 @@ class MedplibText:
         *,
         regions: int = 0,
         image: bool = True,
+        before: str = "",
         wording: Wording = "human",
         answer: str | None = None,
     ) -> str:
         """Return the template's text, open after `ASSISTANT:` or closed with an answer and `</s>`.
 
-        An answer's `<mask>path</mask>`, as in the published data, is taken out.
+        before: what comes before the image (`example_lines`). An answer's `<mask>path</mask>`, as in the published
+        data, is taken out.
         """
         turn = with_regions(question.replace(IMAGE, ""), regions).strip()
         if image:
-            turn = f"<im_start>{IMAGE}<im_end>\n{turn}"
+            turn = before + _PICTURE + turn
         text = f"{system_message(wording)} USER: {turn} ASSISTANT:"
         return text if answer is None else f"{text} {_MASK_TAG.sub('', answer).strip()}</s>"
 
@@ -133,22 +162,25 @@ class MedplibText:
         *,
         regions: int = 0,
         image: bool = True,
+        before: str = "",
         compat: Compat = "reference",
         answer: str | None = None,
     ) -> list[int]:
         """Return the ids to prefill with.
 
-        question: the user's words; `<region>` marks where a region goes. answer: of the sample, for compat
-        "release-cli" alone, whose cut depends on it.
+        question: the user's words; `<region>` marks where a region goes. before: as in `prompt_text`. answer: of the
+        sample, for compat "release-cli" alone, whose cut depends on it.
 
         Raises InvalidInput if there are regions without an image: a region's row comes from the image's features.
         """
         if regions and not image:
             raise InvalidInput(f"{regions} regions were given without an image; an image was expected")
         if compat == "release-cli":
-            text = self.prompt_text(question, regions=regions, image=image, wording="user", answer=answer or "")
+            text = self.prompt_text(
+                question, regions=regions, image=image, before=before, wording="user", answer=answer or ""
+            )
             return self._cut_at_last_colon(self.encode(text))
-        return self.encode(self.prompt_text(question, regions=regions, image=image))
+        return self.encode(self.prompt_text(question, regions=regions, image=image, before=before))
 
     def _cut_at_last_colon(self, ids: list[int]) -> list[int]:
         colon = self.tokens.encode("ASSISTANT:", bos=False)[-1]

@@ -21,6 +21,7 @@ from edgemed.families.medplib_config import (
     CLIP_PREFIX,
     COMPAT,
     FAMILY,
+    MAX_EXAMPLES,
     LanguageConfig,
     MedplibConfig,
     read_config,
@@ -34,6 +35,7 @@ from edgemed.families.published_torch import Piece, Published, PublishedTensors
 from edgemed.families.specs import decoder_spec
 from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 from edgemed.models.clip_vit import ClipVit, ClipVitConfig
+from edgemed.models.in_context import MaskTokenEncoder, TokenCompressor
 from edgemed.models.llama import LlamaConfig
 from edgemed.models.moe import MoeLlama
 from edgemed.models.sam_med2d import ImageEncoder, PromptEncoder, SamMaskDecoder, SamMed2dConfig, config_from_shapes
@@ -58,7 +60,12 @@ _KEPT_FP32 = ("router.weight", "positional_encoding_gaussian_matrix")
 # Per role, how our names begin and how the published ones do.
 _PREFIXES = {
     "vision_encoder": (("clip.", CLIP_PREFIX), ("sam.", _SAM_PREFIX + "image_encoder.")),
-    "projector": (("image.", "model.mm_projector."), ("region.", "model.region_fea_adapter.")),
+    "projector": (
+        ("image.", "model.mm_projector."),
+        ("compressor.", "model.mm_token_compressor."),
+        ("region.", "model.region_fea_adapter."),
+        ("mask.", "model.mask_encoder."),
+    ),
     "decoder": (("embedding.", "model.embed_tokens."), ("norm.", "model.norm."), ("head.", "lm_head.")),
     "mask_decoder": (
         ("seg.", "model.text_hidden_fcs.0."),
@@ -103,7 +110,10 @@ class VisionEncoder(nn.Module):
 
 
 class Projector(nn.Module):
-    """Tower features -> rows that the language model reads: one for each patch, one for each region asked about."""
+    """Tower features -> rows that the language model reads: of the picture, and one for each region asked about.
+
+    A checkpoint may have two parts more: one averages the rows of a picture down, one gives rows of an example's mask.
+    """
 
     def __init__(self, config: MedplibConfig) -> None:
         super().__init__()
@@ -112,21 +122,30 @@ class Projector(nn.Module):
         for _ in range(config.projector_depth - 1):
             layers += [nn.GELU(), nn.Linear(width, width)]
         self.image = nn.Sequential(*layers)
+        self.compressor = TokenCompressor(width, config.compressed_tokens) if config.compressed_tokens else None
         self.region = nn.Linear(config.tower.width, width)
+        self.mask = MaskTokenEncoder(width, config.mask_tokens) if config.mask_tokens else None
 
-    def forward(self, image_features: Tensor, region_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (image_tokens [patches, width], region_tokens [regions, width]).
+    def forward(
+        self, image_features: Tensor, region_weights: Tensor, mask_image: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return (image_tokens [tokens, width], region_tokens [regions, width]); mask_tokens [tokens, width] third.
 
         image_features: [1, patches, tower width]; region_weights: [regions, patches], the share of each patch in a
-        region's mean, each region adding up to 1 (`medplib_view.region_weights`).
+        region's mean, each region adding up to 1 (`medplib_view.region_weights`); mask_image: [1, 1, side, side], 0 or
+        1, where there is a mask encoder.
 
         The published code adapts every patch and then takes the mean; the adapter is linear, so it comes after the mean
         here and has fewer rows to multiply.
         """
         features = image_features[0]
         tokens: Tensor = self.image(features)
+        if self.compressor is not None:
+            tokens = self.compressor(tokens[None])[0]
         mean = (region_weights.float() @ features.float()).to(features.dtype)  # fp32 as published
-        return tokens, self.region(mean)
+        if self.mask is None:
+            return tokens, self.region(mean)
+        return tokens, self.region(mean), self.mask(mask_image)[0]
 
 
 class MaskDecoder(nn.Module):
@@ -240,7 +259,11 @@ def describe(checkpoint: Checkpoint, compat: str = COMPAT[0], cache: int | None 
 def specs(config: MedplibConfig, sam: SamMed2dConfig, cache: int) -> dict[str, GraphSpec]:
     """Return the GraphSpecs of the four graphs, by role."""
     f, t = "float32", TensorSpec
-    width, patches = config.language.width, config.image_tokens
+    width, patches, side = config.language.width, config.patches, config.tower.side_px
+    tokens, mask_tokens = config.image_tokens, config.mask_tokens
+    examples = MAX_EXAMPLES * (tokens + max(tokens, mask_tokens or 0))
+    mask_in = (t("mask_image", f, (1, 1, side, side)),) if mask_tokens else ()
+    mask_out = (t("mask_tokens", f, (mask_tokens, width)),) if mask_tokens else ()
     features = t("image_features", f, (1, patches, config.tower.width))
     masks = t("mask_features", f, (1, config.mask_width, sam.grid, sam.grid))
     regions = DimRange(1, 1, MAX_REGIONS)
@@ -249,20 +272,20 @@ def specs(config: MedplibConfig, sam: SamMed2dConfig, cache: int) -> dict[str, G
         "vision_encoder": GraphSpec(
             "vision_encoder",
             (
-                t("clip_image", f, (1, 3, config.tower.side_px, config.tower.side_px)),
+                t("clip_image", f, (1, 3, side, side)),
                 t("sam_image", f, (1, 3, sam.side, sam.side)),
             ),
             (features, masks, t("last_features", f, (1, patches, config.tower.width))),
         ),
         "projector": GraphSpec(
             "projector",
-            (features, t("region_weights", f, ("regions", patches))),
-            (t("image_tokens", f, (patches, width)), t("region_tokens", f, ("regions", width))),
+            (features, t("region_weights", f, ("regions", patches)), *mask_in),
+            (t("image_tokens", f, (tokens, width)), t("region_tokens", f, ("regions", width)), *mask_out),
             {"regions": regions},
         ),
         "decoder": decoder_spec(
             llama_config(config.language),
-            image_rows=DimRange(1, patches, patches + MAX_REGIONS),
+            image_rows=DimRange(1, tokens, max(tokens + MAX_REGIONS, min(tokens + examples, cache))),
             cache=cache,
             draft=False,
             experts=config.language.experts,

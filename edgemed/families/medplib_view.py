@@ -30,6 +30,8 @@ __all__ = [
     "MASK_THRESHOLD",
     "MedplibView",
     "Placed",
+    "mask_picture",
+    "overlaid",
     "placed",
     "postprocess",
     "region_mask",
@@ -40,6 +42,10 @@ __all__ = [
 
 Picture = npt.NDArray[np.uint8]
 MaskMode = Literal["reference", "corrected"]
+
+OVERLAY_RGB = (118, 158, 224)
+OVERLAY_SHARE = 0.55
+"""How an example's mask is drawn into its image: this much of the colour, the rest of the image."""
 
 MASK_THRESHOLD = 0.1
 """A pixel belongs to the mask if its probability is above this."""
@@ -128,10 +134,21 @@ class MedplibView:
 
         mask: [rows, columns], bool or integer. Raises InvalidInput if it is not two-dimensional.
         """
+        return self._square(mask, 1)
+
+    def mask_image(self, mask: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return the mask encoder's input, 0 or 1, float32 [1, 1, clip_side, clip_side]: 1 where a pixel has any share.
+
+        mask: of an example, [rows, columns]. Raises InvalidInput if it is not two-dimensional.
+        """
+        return (self._square(mask, 255) > 0).astype(np.float32)[None, None]
+
+    def _square(self, mask: npt.NDArray[Any], inside: int) -> npt.NDArray[np.uint8]:
+        """Return a mask on CLIP's input: `inside` where it is, in between at its edge as far as bytes can tell."""
         if mask.ndim != 2 or 0 in mask.shape:
             raise InvalidInput(f"region mask is {list(mask.shape)}, [rows, columns] was expected")
         place = placed(mask.shape[0], mask.shape[1], self.clip_side)
-        binary = Image.fromarray((mask >= 1).astype(np.uint8))
+        binary = Image.fromarray((mask >= 1).astype(np.uint8) * np.uint8(inside))
         out = np.zeros((self.clip_side, self.clip_side), np.uint8)
         resized = binary.resize((place.columns, place.rows), Image.Resampling.BILINEAR)
         out[place.top : place.top + place.rows, place.left : place.left + place.columns] = np.asarray(resized)
@@ -181,6 +198,22 @@ def view_of(preprocessor: Mapping[str, Any], *, patch: int = 14, sam_side: int =
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"preprocessor_config.json does not hold three means and deviations: {error}") from error
     return view, fell_back
+
+
+def overlaid(shown: Picture, mask: Mask) -> Picture:
+    """Return a frame uint8 RGB [rows, columns, 3] with a mask bool [rows, columns] drawn in, as published.
+
+    >>> overlaid(np.full((1, 2, 3), 100, np.uint8), np.array([[False, True]]))[0].tolist()
+    [[100, 100, 100], [109, 131, 168]]
+    """
+    out = shown.astype(np.float32)
+    out[mask] = out[mask] * (1 - OVERLAY_SHARE) + np.asarray(OVERLAY_RGB, np.float32) * OVERLAY_SHARE
+    return out.astype(np.uint8)
+
+
+def mask_picture(mask: Mask) -> Picture:
+    """Return a mask bool [rows, columns] as a picture of its own: white on black, uint8 RGB [rows, columns, 3]."""
+    return np.repeat(mask.astype(np.uint8)[..., None] * np.uint8(255), 3, axis=2)
 
 
 def _resized(shown: Picture, side: int) -> tuple[npt.NDArray[np.uint8], Placed]:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import cast, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from edgemed.box_grammar import FreeGrammar
 from edgemed.bundle import Bundle
 from edgemed.core import Answer, Box, Finding, Language, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import BundleError, InvalidInput
-from edgemed.families import Prepared, Question, Reading, Written, check_settings, chosen
+from edgemed.families import Prepared, Question, Reading, Written, check_settings, chosen, mean_direction
 from edgemed.families.medrega_labels import LabelList, classify, label_lists, read_labels
 from edgemed.families.medrega_prompts import Task, default_prompt, read_prompts, regional_question, with_findings
 from edgemed.families.medrega_text import (
@@ -35,6 +36,7 @@ from edgemed.families.medrega_text import (
     plain,
 )
 from edgemed.families.medrega_view import MedRegaView, box_to_numbers, numbers_to_box
+from edgemed.families.native_regions import check_region
 from edgemed.families.published_tokens import TOKENIZER, PublishedTokens
 from edgemed.geometry import box_of
 from edgemed.graphs import Feeds, GraphSpec
@@ -50,7 +52,7 @@ NOTICE: Mapping[Language, str] = {
 _MAY_BE_TYPED = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _REGION = "<region>"
 _ROLES = ("vision_encoder", "projector", "decoder")
-_SETTINGS: Mapping[str, str] = {
+SETTINGS: Mapping[str, str] = {
     "compat": "reference (default): text as the published code shows it; corrected: without the numbers of boxes",
     "task": f"auto (default), none, or whose base prompt goes with the question: {', '.join(get_args(Task))}",
     "prompts": "a meta file of the owner's: its base prompt of the task, or of the data set, is used in place of ours",
@@ -105,7 +107,7 @@ class MedRega:
 
     def settings(self) -> Mapping[str, str]:
         """Return the settings of a prompt, each with what it may be."""
-        return _SETTINGS
+        return SETTINGS
 
     def lead_in(self, prompt: Prompt) -> Prompt | None:
         """Return the question for the regions that matter, if the chain of thought is on."""
@@ -116,21 +118,25 @@ class MedRega:
         return replace(prompt, text=question, settings={**kept, "task": "text2region"})
 
     def follow_up(self, prompt: Prompt, first: Answer) -> Prompt:
-        """Return the prompt with the regions that the first answer names."""
+        """Return the prompt with the regions that the first answer names; its task is that of the prompt as it was."""
         places = [piece for piece in parse(first.tagged_text) if isinstance(piece, Found)]
-        settings = {k: v for k, v in prompt.settings.items() if k != "cot"}
+        settings = {k: v for k, v in prompt.settings.items() if k != "cot"} | {"task": self._task(prompt, images=1)}
         return replace(prompt, text=with_findings(prompt.text, places, prompt.language), settings=settings)
 
     def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
         """Return the feeds of vision_encoder: every tile of every image; nothing where there is no image.
 
-        Raises InvalidInput if a setting is unknown, a region has no image or is a point, or the tiles are too many.
+        Raises InvalidInput if a setting is unknown, a region has no image, is a point or lies outside it, or the tiles
+        are too many.
         """
-        check_settings(prompt, _SETTINGS, "medrega")
+        check_settings(prompt, SETTINGS, "medrega")
         if prompt.regions and len(scans) != 1:
             raise InvalidInput(f"{len(prompt.regions)} regions were given with {len(scans)} images; one was expected")
         if not scans:
             return Prepared({}, {}, _Asked(()))
+        for region in prompt.regions:
+            _box(region)
+            check_region(region, scans[0].rows, scans[0].columns)
         view = self._view_of(prompt)
         images = [
             view.model_image(scan.shown(prompt.frame if i == 0 else scan.first_frame)) for i, scan in enumerate(scans)
@@ -160,8 +166,9 @@ class MedRega:
         ]
         question = self._turn(prompt, asked, bool(history))
         if asked.tiles and IMAGE not in question and not any(IMAGE in user for user, _ in history):
-            user, answer = history[0]  # the images belong to the turn that they were first asked about in
-            history[0] = (label_images(user, len(asked.tiles)) if len(asked.tiles) > 1 else f"{IMAGE}\n{user}", answer)
+            # The images, and what says the task, belong to the turn that they were first asked about in.
+            first = replace(prompt, text=prompt.history[0].question, regions=(), history=())
+            history[0] = (self._turn(first, asked, False), history[0][1])
         ids = self._text.encode_prompt(question, tiles=asked.tiles, history=history)
         rows = projected.get("image_tokens", self._no_rows)
         row = 0
@@ -203,14 +210,7 @@ class MedRega:
 
     def _base_prompt(self, prompt: Prompt, images: int) -> tuple[str, str | None]:
         """Return (what says the task, a note whose it is). Raises InvalidInput, and what reading a file raises."""
-        labels = self._labels(prompt)
-        task = chosen(prompt, "task", ("auto", "none", *get_args(Task)), "auto")
-        if task == "auto" and labels:
-            task = "classification_multi" if labels.multi else "classification"
-        elif task == "auto" and (prompt.history or not images):
-            task = "none"
-        elif task == "auto":
-            task = "region2text" if prompt.regions else "text2region" if "<ref>" in prompt.text else "vqa"
+        task, labels = self._task(prompt, images), self._labels(prompt)
         wanted = prompt.settings.get("dataset", task)
         if "prompts" in prompt.settings and wanted != "none":
             prompts = read_prompts(prompt.settings["prompts"])
@@ -218,6 +218,17 @@ class MedRega:
         if task == "none":
             return "", None
         return default_prompt(cast("Task", task), prompt.language, labels.labels if labels else ()), None
+
+    def _task(self, prompt: Prompt, images: int) -> str:
+        """Return the task as it was set, or as the question tells it."""
+        task = chosen(prompt, "task", ("auto", "none", *get_args(Task)), "auto")
+        if task != "auto":
+            return task
+        if labels := self._labels(prompt):
+            return "classification_multi" if labels.multi else "classification"
+        if prompt.history or not images:
+            return "none"
+        return "region2text" if prompt.regions else "text2region" if "<ref>" in prompt.text else "vqa"
 
     def _labels(self, prompt: Prompt) -> LabelList | None:
         """Return the labels of a classification, or None. Raises what reading a file raises."""
@@ -234,6 +245,10 @@ class MedRega:
             text = place_text(named, [box_to_numbers(_box(region), *asked.frame, padded=self._view.pad_to_square)])
             question = question.replace(_REGION, text, 1) if _REGION in question else f"{question} {text}"
         return question
+
+    def embedding(self, features: Feeds) -> npt.NDArray[np.float32]:
+        """Return the mean of the encoder's features over all patches of all tiles, [width], at length 1."""
+        return mean_direction(features["image_features"])
 
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
         """Return nothing: the family has no mask decoder."""
@@ -285,8 +300,6 @@ def _box(region: PromptRegion) -> Box:
     """Return the region's box in scan pixels, a mask's being the tightest around it. Raises InvalidInput at a point."""
     box = region.box if region.mask is None else box_of(region.mask)
     if box is None:
-        what = "point" if region.point is not None else "empty mask"
-        raise InvalidInput(
-            f"the region is a {what}; the family medrega asks about boxes: pass --region box:x0,y0,x1,y1"
-        )
+        what = "a point" if region.point is not None else "an empty mask"
+        raise InvalidInput(f"the region is {what}; the family medrega asks about boxes: pass --region box:x0,y0,x1,y1")
     return box

@@ -19,7 +19,16 @@ from edgemed.box_grammar import BoxGrammar, BoxTokens, FreeGrammar, Grammar
 from edgemed.bundle import Bundle
 from edgemed.core import Box, Language, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import BundleError, InvalidInput
-from edgemed.families import Prepared, Question, Reading, SingleQuestions, Written, check_settings, one_scan
+from edgemed.families import (
+    Prepared,
+    Question,
+    Reading,
+    SingleQuestions,
+    Written,
+    check_settings,
+    mean_direction,
+    one_scan,
+)
 from edgemed.families.native_lexicon import STRUCTURES, structure_of, structures_in
 from edgemed.families.native_masks import prompt_of_answer, prompt_of_region, stacked
 from edgemed.families.native_regions import (
@@ -194,6 +203,10 @@ class Native(SingleQuestions):
         if not named or prompt.regions or 0 < len(seen) < len(named):
             return ()
         return tuple(self._text.encode_answer(word)[0] for word in (("No", "否") if seen else ("Yes", "是")))
+
+    def embedding(self, features: Feeds) -> Vector:
+        """Return the mean of the encoder's features over all places, [channels], at length 1."""
+        return mean_direction(np.moveaxis(features["image_features"], 1, -1))
 
     def mask_feeds(self, prompt: Prompt, prepared: Prepared, projected: Feeds, written: Written) -> tuple[Feeds, ...]:
         """Return the mask prompts of every `<seg>` with a place: its box, its hidden state, the user's own region."""

@@ -103,6 +103,8 @@ def _prompt(prompt: Prompt, scan: Scan | None) -> dict[str, Any]:
     }
     if prompt.settings:
         written["settings"] = dict(prompt.settings)
+    if prompt.examples:
+        written["examples"] = len(prompt.examples)  # not what they show: other patients' images
     if prompt.history:
         written["history"] = [{"question": turn.question, "text": turn.text} for turn in prompt.history]
     return written

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -55,10 +56,11 @@ SIZES = LlamaConfig(
     vocabulary=8000, width=2048, layers=4, heads=16, kv_heads=16, head_dim=128, inner=5504, tied=False, bins=0
 )
 ONE_LAYER = LlamaConfig(vocabulary=2, width=2048, layers=1, inner=5504, bins=0)
-FOR_TENSORRT = LlamaConfig(vocabulary=2, width=1024, layers=1, inner=2752, bins=0)
+FOR_TENSORRT = LlamaConfig(vocabulary=2, width=1024, layers=1, inner=2816, bins=0)
 CACHE = 512
 PREFILL = 256
 STEPS = 8
+BLOCK = 32
 BITS = {"int8": 8, "int4": 4}
 PRECISIONS = ("fp32", *BITS)
 MLP = "layers.0.mlp."
@@ -119,9 +121,7 @@ def layers(folder: Path, precision: str, _: Sequence[str], threads: int, repeat:
     """Print the table of one layer's MLP in every form."""
     tokens = DimRange(1, 1, CACHE)
     row = ("x", "float32", (1, "tokens", ONE_LAYER.width))
-    spec = GraphSpec(
-        "decoder", (TensorSpec(*row),), (TensorSpec("y", *row[1:]),), {"tokens": tokens, "cache": tokens}
-    )
+    spec = GraphSpec("decoder", (TensorSpec(*row),), (TensorSpec("y", *row[1:]),), {"tokens": tokens, "cache": tokens})
     torch.manual_seed(0)
     experts = TopOneExperts(ONE_LAYER.width, ONE_LAYER.inner)
     tensors = {MLP + name: value for name, value in experts.state_dict().items()}
@@ -136,13 +136,15 @@ def layers(folder: Path, precision: str, _: Sequence[str], threads: int, repeat:
         try:
             runner = open_runner("onnxruntime", builder.path, spec, threads=threads)
             step = [runner.run({"x": prefill[:, i : i + 1]})["y"] for i in range(0, PREFILL, 8)]
-            whole = runner.run({"x": prefill})["y"] if form != "gather" else np.concatenate(step, axis=1)
+            whole = runner.run({"x": prefill})["y"] if form not in ONE_TOKEN_ONLY else np.concatenate(step, axis=1)
         except Exception as error:  # noqa: BLE001 - a form that the runtime refuses is a result
             print(f"{form}, {precision}: {error}\n")
             continue
         scale = np.abs(expected).max()
         wanted = (expected[:, ::8] if form == "gather" else expected, expected[:, ::8])
-        worst = [np.abs(g - w).max() / scale for g, w in zip((whole, np.concatenate(step, axis=1)), wanted, strict=True)]
+        worst = [
+            np.abs(g - w).max() / scale for g, w in zip((whole, np.concatenate(step, axis=1)), wanted, strict=True)
+        ]
         off[form] = max(worst) if form != "dense" else float("nan")
         graphs[form] = builder.path
     specs = dict.fromkeys(graphs, spec)
@@ -151,10 +153,74 @@ def layers(folder: Path, precision: str, _: Sequence[str], threads: int, repeat:
     _table(graphs, specs, {"x": prefill}, steps, threads, repeat, off)
 
 
+def tensorrt(folder: Path) -> None:
+    """Print which portable forms TensorRT-RTX parses and builds, and what onnxruntime computes with the same file."""
+    torch.manual_seed(0)
+    c = FOR_TENSORRT
+    experts = TopOneExperts(c.width, c.inner)
+    with torch.inference_mode():
+        for value in experts.experts.parameters():
+            value.copy_(value.half().float())
+    tensors = {MLP + name: value for name, value in experts.state_dict().items()}
+    x = np.random.default_rng(0).normal(size=(1, 64, c.width)).astype(np.float16)
+    expected = reference(experts, x.astype(np.float32), "fp32")
+    print(f"### TensorRT-RTX, one layer, fp16, opset 24: {c.width} x {c.inner}, no GPU\n")
+    print("| form | weights | tokens | file MB | parses | builds | engine MB | build s | off |\n" + "|---" * 9 + "|")
+    for form, precision in (*((form, "fp16") for form in PORTABLE), ("dense", "int4"), ("if-all", "int4")):
+        for most in (1,) if form in (*ONE_TOKEN_ONLY, "if-token") else (1, PREFILL):
+            tokens = DimRange(1, 1, PREFILL)
+            row = ("x", "float16", (1, 1 if most == 1 else "tokens", c.width))
+            inputs, outputs = (TensorSpec(*row),), (TensorSpec("y", *row[1:]),)
+            spec = GraphSpec("decoder", inputs, outputs, {"tokens": tokens, "cache": tokens})
+            writer = GraphWriter(MatrixFormat("int4" if precision == "int4" else "fp32"))
+            builder = Forms(c, tensors, spec, [1 if form == "dense" else 2], writer)
+            builder.form, builder.half = form, True
+            builder.node("Identity", [builder.mlp("x")], "y")
+            model = writer.model(spec)
+            del model.opset_import[:]
+            model.opset_import.append(helper.make_opsetid("", OPSET_PORTABLE))
+            onnx.checker.check_model(model, full_check=True)
+            path = folder / f"{form}-{precision}-{most}.onnx"
+            onnx.save(model, path)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            parts = [session.run(None, {"x": x[:, i : i + most]})[0] for i in range(0, x.shape[1], most)]
+            error = np.abs(np.concatenate(parts, axis=1) - expected).max() / np.abs(expected).max()
+            off = "-" if form == "dense" else f"{error:.0e}"
+            cells = (form, precision, str(most), f"{path.stat().st_size / MB:.1f}", *engine(path, most), off)
+            print("| " + " | ".join(cells) + " |", flush=True)
+    print()
+
+
+def engine(path: Path, most: int) -> tuple[str, str, str, str]:
+    """Return (does it parse, does it build, engine MB, seconds) for TensorRT-RTX; a reason where it does not."""
+    try:
+        import tensorrt_rtx as trt
+    except ImportError:
+        return "tensorrt-rtx is not installed", "-", "-", "-"
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        return f"no: {parser.get_error(0).desc().partition(': ')[2].rstrip()}", "-", "-", "-"
+    config = builder.create_builder_config()
+    if most > 1:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("x", (1, 1, FOR_TENSORRT.width), (1, 1, FOR_TENSORRT.width), (1, most, FOR_TENSORRT.width))
+        config.add_optimization_profile(profile)
+    start = time.perf_counter()
+    plan = builder.build_serialized_network(network, config)
+    took = f"{time.perf_counter() - start:.1f}"
+    layers = f"yes, {network.num_layers} layers"
+    return (layers, "yes", f"{plan.nbytes / MB:.1f}", took) if plan else (layers, "no", "-", took)
+
+
 # -- forms -------------------------------------------------------------------------------------------------------------
 
-FORMS = ("rows", "if-expert", "if-token", "fused", "mask", "gather")
-PORTABLE = ("dense", "rows", "if-expert", "if-token", "mask", "gather")
+FORMS = ("rows", "if-expert", "if-all", "if-token", "fused", "mask", "gather")
+ONE_TOKEN_ONLY = ("gather",)
+PORTABLE = ("dense", "rows", "if-expert", "if-all", "if-token", "mask", "gather")
+PORTABLE_BLOCK = 128
 
 
 class Forms(_Builder):
@@ -182,12 +248,12 @@ class Forms(_Builder):
         logits, probabilities, best = self._route(x, p)
         self.routed.append(probabilities if i == self.config.layers - 1 else self._kept(probabilities, p + "kept"))
         if self.form == "fused":
-            return self._fused(x, logits, p)
+            return self._fused(x, logits, best, p)
         chosen = self.node("ArgMax", [probabilities], p + "chosen", axis=-1, keepdims=0)  # [1, tokens]
         first_axis = self.constant("axis_0", np.array([0]))
         rows = self.node("Squeeze", [x, first_axis], p + "rows")  # [tokens, width]
         of_row = self.node("Squeeze", [chosen, first_axis], p + "expert_of_row")  # [tokens]
-        forms = {"if-token": self._one_token, "mask": self._masked, "gather": self._gathered}
+        forms = {"if-token": self._one_token, "if-all": self._if_all, "mask": self._masked, "gather": self._gathered}
         mixed = forms.get(self.form, self._by_expert)(rows, of_row, p)
         return self.node("Mul", [self.node("Unsqueeze", [mixed, first_axis], p + "whole"), best], p + "out")
 
@@ -219,9 +285,7 @@ class Forms(_Builder):
                 return self.node("Constant", [], f"{p}none.{e}", value=onnx.numpy_helper.from_array(nothing))
 
             if self.form == "if-expert":
-                cast = self.node("Cast", [mine], f"{p}mine_int.{e}", to=TensorProto.INT32)
-                some = self.node("ReduceMax", [cast, self.constant("axis_0", np.array([0]))], f"{p}some.{e}", keepdims=0)
-                parts.append(self._if(self.node("Cast", [some], f"{p}any.{e}", to=TensorProto.BOOL), own, none))
+                parts.append(self._if(self._any(mine), own, none))
             else:
                 parts.append(own())
         order = self.node("Concat", places, p + "order", axis=0)  # [tokens, 1]
@@ -230,6 +294,7 @@ class Forms(_Builder):
 
     def _one_token(self, rows: str, of_row: str, p: str) -> str:
         """One token: one If chooses the expert. More: as rows; both hold the same weights. TensorRT: one token only."""
+
         def chosen() -> str:
             expert = self.node("Squeeze", [of_row], p + "one_expert")
             second = self.node("Cast", [expert], p + "second", to=TensorProto.BOOL)
@@ -242,6 +307,22 @@ class Forms(_Builder):
         tokens = self.node("Size", [of_row], p + "tokens")
         one = self.node("Equal", [tokens, self.constant("scalar_1", np.array(1))], p + "one_token")
         return self._if(one, chosen, lambda: self._by_expert(rows, of_row, p))
+
+    def _if_all(self, rows: str, of_row: str, p: str) -> str:
+        """An expert that some row needs computes every row, one that none needs nothing; a Where keeps what counts."""
+        parts = []
+        for e in range(2):
+            mine = self.node("Equal", [of_row, self.constant(f"expert_{e}", np.array(e))], f"{p}mine.{e}")
+            skipped = f"{p}skipped.{e}"
+            parts.append(
+                self._if(
+                    self._any(mine),
+                    lambda e=e: self._swiglu(rows, f"{p}experts.{e}."),
+                    lambda name=skipped: self.node("Identity", [rows], name),
+                )
+            )
+        choose = self.node("Unsqueeze", [f"{p}mine.1", self.constant("last_axis", np.array([-1]))], p + "choose")
+        return self.node("Where", [choose, parts[1], parts[0]], p + "merged")
 
     def _masked(self, rows: str, of_row: str, p: str) -> str:
         """Both experts compute every row; a Where keeps the right one."""
@@ -256,28 +337,25 @@ class Forms(_Builder):
         expert = self.node("Squeeze", [of_row], p + "one_expert")
 
         def linear(x: str, name: str, n: int, k: int) -> str:
-            reads = [self.tensor(f"{p}experts.{e}.{name}.weight", n, k) for e in range(2)]
+            values = [as_float32(self.tensor(f"{p}experts.{e}.{name}.weight", n, k)()) for e in range(2)]
+            name = p + name
             if self.writer.matrices.precision == "fp32":
-                kind = np.float16 if self.half else np.float32
-                whole = np.stack([as_float32(read()).T.astype(kind) for read in reads])
-                stack = self.writer.stored(f"{p}{name}.stack", whole.size, lambda: whole)
-                return self.node("MatMul", [x, self.node("Gather", [stack, expert], f"{p}{name}.own")], f"{p}{name}.y")
+                stack = self._stack(name, [v.T.astype(np.float16 if self.half else np.float32) for v in values])
+                return self.node("MatMul", [x, self.node("Gather", [stack, expert], name + ".own")], name + ".output")
             bits = BITS[self.writer.matrices.precision]
-            packed = zip(*(pack_rows(as_float32(read().copy()), 32, bits) for read in reads), strict=True)
-            own = []
-            for part, values in zip(("packed", "scales"), packed, strict=True):
-                stack = self.writer.stored(f"{p}{name}.{part}", 1 << 20, lambda values=values: np.stack(values))
-                own.append(self.node("Gather", [stack, expert], f"{p}{name}.{part}.own"))
+            packed, scales = zip(*(pack_rows(v, BLOCK, bits) for v in values), strict=True)
+            own = self.node("Gather", [self._stack(name, packed), expert], name + ".own")
+            own_scales = self.node("Gather", [self._stack(name + ".s", scales), expert], name + ".s.own")
             return self.node(
-                "MatMulNBits", [x, *own], f"{p}{name}.y", domain=FUSED, K=k, N=n, bits=bits, block_size=32,
-                accuracy_level=4,
+                "MatMulNBits", [x, own, own_scales], name + ".output", domain=FUSED, K=k, N=n, bits=bits,
+                block_size=BLOCK, accuracy_level=4,
             )  # fmt: skip
 
         gate_up = linear(rows, "gate_up", 2 * c.inner, c.width)
         return linear(self._gated(gate_up, p), "down", c.width, c.inner)
 
-    def _fused(self, x: str, logits: str, p: str) -> str:
-        """onnxruntime's MoE or QMoE, which multiply by the probability themselves. Gate and up rows take turns."""
+    def _fused(self, x: str, logits: str, best: str, p: str) -> str:
+        """onnxruntime's MoE, or QMoE, which leaves out the probability where k is 1. Gate and up rows take turns."""
         c, precision = self.config, self.writer.matrices.precision
         shape = self.constant("router_shape", np.array([-1, 2]))
         inputs = [x, self.node("Reshape", [logits, shape], p + "logits.rows")]
@@ -286,23 +364,34 @@ class Forms(_Builder):
             if name == "gate_up":
                 values = [v.reshape(2, c.inner, k).swapaxes(0, 1).reshape(n, k) for v in values]
             if precision == "fp32":
-                inputs += [self.writer.stored(f"{p}{name}.stack", 1 << 20, lambda v=values: np.stack(v)), ""]
+                inputs += [self._stack(p + name, values), ""]
                 continue
-            packed, scales = zip(*(pack_rows(v, 32, BITS[precision]) for v in values), strict=True)
-            inputs.append(
-                self.writer.stored(f"{p}{name}.q", 1 << 20, lambda q=packed, n=n: np.stack(q).reshape(2, n, -1))
-            )
-            inputs += [self.writer.stored(f"{p}{name}.s", 1 << 20, lambda s=scales: np.stack(s)), ""]
-        attributes: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1, "k": 1}
-        attributes |= {"activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_limit": 1e30}
-        if precision != "fp32":
-            attributes |= {"expert_weight_bits": BITS[precision], "block_size": 32}
-        op = "MoE" if precision == "fp32" else "QMoE"
-        return self.node(
-            op, inputs[:-1] if precision == "fp32" else inputs, p + "out", domain=FUSED, normalize_routing_weights=0, **attributes
-        )
+            packed, scales = zip(*(pack_rows(v, BLOCK, BITS[precision]) for v in values), strict=True)
+            inputs += [
+                self._stack(p + name, [q.reshape(n, -1) for q in packed]),
+                self._stack(f"{p}{name}.s", scales),
+                "",
+            ]
+        exact: dict[str, Any] = {"activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_limit": 1e30}
+        common = {"domain": FUSED, "k": 1, "activation_type": "swiglu", "swiglu_fusion": 1, **exact}
+        if precision == "fp32":
+            return self.node("MoE", inputs[:-1], p + "out", normalize_routing_weights=0, **common)
+        bits = BITS[precision]
+        mixed = self.node("QMoE", inputs, p + "mixed", expert_weight_bits=bits, block_size=BLOCK, **common)
+        return self.node("Mul", [mixed, best], p + "out")
 
     # -- pieces --------------------------------------------------------------------------------------------------------
+
+    def _stack(self, name: str, values: Sequence[Array]) -> str:
+        """Store the experts' arrays as one."""
+        whole = np.stack(values)
+        return self.writer.stored(name + ".stack", whole.size, lambda: whole)
+
+    def _any(self, mine: str) -> str:
+        """Return whether one of `mine` [tokens] is true, a scalar."""
+        number = self.node("Cast", [mine], mine + ".number", to=TensorProto.INT32)
+        some = self.node("ReduceMax", [number, self.constant("axis_0", np.array([0]))], mine + ".max", keepdims=0)
+        return self.node("Cast", [some], mine + ".any", to=TensorProto.BOOL)
 
     def _if(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
         """Return the output of an If whose branches are what the two functions add; weights stay in the main graph."""
@@ -330,9 +419,15 @@ class Forms(_Builder):
         return self.node("Mul", [silu, up], p + "inner")
 
     def _half_linear(self, x: str, name: str, rows: int, columns: int) -> str:
-        read = self.tensor(f"{name}.weight", rows, columns)
-        weight = self.constant(f"{name}.weight", as_float32(read()).T.astype(np.float16))
-        return self.node("MatMul", [x, weight], f"{name}.output")
+        weight = as_float32(self.tensor(f"{name}.weight", rows, columns)()).T
+        if self.writer.matrices.precision == "fp32":
+            return self.node("MatMul", [x, self.constant(name, weight.astype(np.float16))], f"{name}.output")
+        blocks = weight.reshape(columns // PORTABLE_BLOCK, PORTABLE_BLOCK, rows)
+        scales = (np.abs(blocks).max(axis=1) / 7).astype(np.float16)  # [blocks, rows]
+        values = np.rint(blocks / scales[:, None]).clip(-7, 7).reshape(columns, rows)
+        inputs = [self.constant(name + ".q", values.astype(ml_dtypes.int4)), self.constant(name + ".s", scales)]
+        whole = self.node("DequantizeLinear", inputs, name + ".whole", axis=0, block_size=PORTABLE_BLOCK)
+        return self.node("MatMul", [x, whole], f"{name}.output")
 
 
 @contextmanager
@@ -354,7 +449,7 @@ def reference(experts: TopOneExperts, x: Array, precision: str) -> Array:
     if precision != "fp32":
         for name, value in exact.items():
             if name != "router.weight":
-                packed, scales = pack_rows(value.numpy(), 32, BITS[precision])
+                packed, scales = pack_rows(value.numpy(), BLOCK, BITS[precision])
                 exact[name] = torch.from_numpy(unpack_rows(packed, scales, BITS[precision])[:, : value.shape[1]])
     rounded = TopOneExperts(experts.router.in_features, experts.experts[0].down.in_features)
     rounded.load_state_dict(exact)
@@ -380,35 +475,58 @@ def _table(
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pages[form] = pool.submit(pages_of, path, specs[form], prefill, steps, threads).result()
     runners = {form: open_runner("onnxruntime", path, specs[form], threads=threads) for form, path in graphs.items()}
-    once: dict[str, list[float]] = {form: [] for form in graphs}
-    filled: dict[str, list[float]] = {form: [] for form in graphs}
-    for _ in range(repeat):
+    stepped: dict[str, list[tuple[float, float]]] = {form: [] for form in graphs}
+    filled: dict[str, list[tuple[float, float]]] = {form: [] for form in graphs}
+    for round_ in range(repeat):
         for form, runner in runners.items():
-            if form != "gather":
-                filled[form].append(seconds(lambda r=runner: r.run(prefill)))
             for feeds in steps[:2]:
                 runner.run(feeds)
-            once[form] += [seconds(lambda r=runner, f=feeds: r.run(f)) for feeds in steps]
+            stepped[form] += [seconds(lambda r=runner, f=feeds: r.run(f)) for feeds in steps]
+        for form, runner in runners.items():
+            if form not in ONE_TOKEN_ONLY and round_ % 3 == 0:
+                filled[form].append(seconds(lambda r=runner: r.run(prefill)))
     for runner in runners.values():
         runner.close()
-    print("| form | file MB | step ms min / median | to dense | touched MB / step, mean (most) | to dense | memory MB "
-          "(private) | prefill ms min / median | to dense | off |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|")
     dense = next(iter(graphs))
+    at = {form: float(np.mean(pages[form][0])) for form in graphs}
     for form, path in graphs.items():
-        touched, resident, private = pages[form]
-        fill = filled[form] or [float("nan")]
-        print(
-            f"| {form} | {path.with_suffix('.bin').stat().st_size / MB:.0f} "
-            f"| {min(once[form]) * 1e3:.2f} / {np.median(once[form]) * 1e3:.2f} "
-            f"| {min(once[form]) / min(once[dense]):.2f} / {np.median(once[form]) / np.median(once[dense]):.2f} "
-            f"| {np.mean(touched) / MB:.1f} ({max(touched) / MB:.1f}) "
-            f"| {np.mean(touched) / np.mean(pages[dense][0]):.3f} ({max(touched) / np.mean(pages[dense][0]):.3f}) "
-            f"| {resident / MB:.0f} ({private / MB:.0f}) "
-            f"| {min(fill) * 1e3:.0f} / {np.median(fill) * 1e3:.0f} | {min(fill) / min(filled[dense]):.2f} "
-            f"| {off.get(form, float('nan')):.1e} |"
+        each, resident, private = pages[form]
+        own, best, count = undisturbed(stepped[form], threads)
+        first, first_best, _ = undisturbed(stepped[dense], threads)
+        fill, dense_fill = (min((wall for wall, _ in filled[f]), default=np.nan) for f in (form, dense))
+        cells = (
+            form,
+            f"{path.with_suffix('.bin').stat().st_size / MB:.0f}",
+            f"{best * 1e3:.2f}",
+            f"{best / first_best:.2f}",
+            f"{own * 1e3:.2f}",
+            f"{own / first:.2f}",
+            f"{count} of {len(stepped[form])}",
+            f"{at[form] / MB:.1f} ({max(each) / MB:.1f})",
+            f"{at[form] / at[dense]:.3f} ({max(each) / at[dense]:.3f})",
+            f"{resident / MB:.0f} ({private / MB:.0f})",
+            f"{fill * 1e3:.0f}",
+            f"{fill / dense_fill:.2f}",
+            f"{off[form]:.0e}" if form in off else "-",
         )
+        print("| " + " | ".join(cells).replace("nan", "-") + " |")
     print(flush=True)
+
+
+HEADER = (
+    "| form | weights MB | step ms, least | / dense | median | / dense | undisturbed | touched MB/step, mean (most) "
+    "| / dense | memory MB (private) | prefill ms, least | / dense | off |"
+)
+
+
+def undisturbed(times: Sequence[tuple[float, float]], threads: int) -> tuple[float, float, int]:
+    """Return (median of the undisturbed, least of all, how many were undisturbed) of (wall, processor) seconds.
+
+    The runtime's threads wait actively, so a call that had its cores to itself used them all the time.
+    """
+    alone = [wall for wall, processor in times if processor > 0.95 * threads * wall]
+    return float(np.median(alone)) if alone else float("nan"), min(wall for wall, _ in times), len(alone)
 
 
 def pages_of(
@@ -454,11 +572,11 @@ def rollup(field: str) -> float:
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long `work` takes."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the wall time and the processor time, all threads together, that `work` takes."""
+    processor, start = time.process_time(), time.perf_counter()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor
 
 
 def _processor() -> str:

@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -167,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=("full", "small"), default="full")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", dest="values")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--holes", action="store_true", help="matrices are zeros that take no room on the disk")
     options = parser.parse_args(arguments)
     family = FAMILIES[options.family]
     named = {family.layers: options.layers, family.vision_layers: options.vision_layers}
@@ -175,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         changed = {key: value for key, value in named.items() if value is not None} | dict(map(_pair, options.values))
         parameters, size = make(
             options.family, options.folder, changed, options.scale, options.dtype, options.seed,
-            int(options.shard_gb * 1e9),
+            int(options.shard_gb * 1e9), holes=options.holes,
         )  # fmt: skip
     except EdgemedError as error:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
@@ -193,23 +195,27 @@ def make(
     dtype: str = "bf16",
     seed: int = 0,
     shard_bytes: int = 5_000_000_000,
+    *,
+    holes: bool = False,
 ) -> tuple[int, int]:
     """Write a checkpoint of family `name` to a new or empty folder; return (parameters, bytes of all tensors).
 
-    changed: values of the config by dotted name, as `--set`. Raises InvalidInput for sizes that fit no model,
-    CannotWrite if the folder holds files or the disk lacks room.
+    changed: values of the config by dotted name, as `--set`. holes: matrices are zeros that take no room on the disk.
+
+    Raises InvalidInput for sizes that fit no model, CannotWrite if the folder holds files or the disk lacks room.
     """
     check_parameters(name)
     settings = configure(name, changed or {}, scale, dtype)
     table = shapes(name, settings)
     width = {"bf16": 2, "fp32": 4}[dtype]
     size = sum(math.prod(shape) for shape in table.values()) * width
-    _check_folder(folder, size)
+    _check_folder(folder, 0 if holes else size)
     folder.mkdir(parents=True, exist_ok=True)
     write_files(name, folder, settings)
     shards = _split(table, shard_bytes // width)
     names = [f"{FAMILIES[name].shards}-{i:05}-of-{len(shards):05}" for i in range(1, len(shards) + 1)]
-    weights = Weights(dtype, seed, _frequencies(settings) if name == "medplib" else np.zeros(0))
+    frequencies = _frequencies(settings) if name == "medplib" else np.zeros(0)
+    weights = Weights(dtype, seed, frequencies, holes=holes)
     for stem, shard in zip(names, shards, strict=True):
         weights.write(folder / f"{stem}.safetensors", shard)
     # The released MedPLIB has shards of both kinds and an index of the pickles alone.
@@ -310,7 +316,10 @@ def _frequencies(settings: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.flo
 class Weights:
     """Makes tensors: a key decides where in one block of random numbers its tensor starts, the seed what they are."""
 
-    def __init__(self, dtype: str, seed: int, frequencies: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    def __init__(
+        self, dtype: str, seed: int, frequencies: np.ndarray[Any, np.dtype[np.float64]], *, holes: bool = False
+    ) -> None:
+        self._holes = holes
         self.dtype = dtype
         self._seed = seed
         self._frequencies = frequencies
@@ -332,7 +341,11 @@ class Weights:
                 stream.write(len(header).to_bytes(8, "little") + header)
                 for key, shape in shard.items():
                     for part in self._parts(key, shape):
-                        stream.write(part.data)
+                        if self._holes and len(shape) > 1:
+                            stream.seek(part.nbytes, os.SEEK_CUR)
+                        else:
+                            stream.write(part.data)
+                stream.truncate(stream.tell())
         except OSError as error:
             raise CannotWrite(f"{file} cannot be written: {error.strerror}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jsonschema
@@ -27,10 +28,13 @@ class FakeSession:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Scan, Prompt, InferOptions]] = []
+        self.together: list[int] = []
         self.opened: dict[str, object] = {}
         self.error: Exception | None = None
 
-    def ask(self, scan: Scan, prompt: Prompt, options: InferOptions) -> Answer:
+    def ask(self, scans: Sequence[Scan], prompt: Prompt, options: InferOptions) -> Answer:
+        self.together.append(len(scans))
+        scan = scans[0] if scans else Scan(np.zeros((1, 8, 8, 3), np.uint8), "OT")
         self.asked.append((scan, prompt, options))
         if self.error is not None:
             raise self.error
@@ -43,7 +47,14 @@ class FakeSession:
         )  # fmt: skip
         name = "肝脏" if prompt.language == "zh" else "liver"
         return Answer(
-            name, f"<ref>{name}</ref>", (Region(name, box, mask=mask, score=0.5),), provenance, (1, 2, 3), (4, 5)
+            name,
+            f"<ref>{name}</ref>",
+            (Region(name, box, mask=mask, score=0.5),),
+            provenance,
+            (1, 2, 9),
+            (4, 5),
+            router=np.tile(np.array([0.25, 0.75], np.float32), (4, 2, 1)) if options.router else None,
+            vocabulary=9,
         )
 
     def notice(self, language: Language) -> str:
@@ -185,6 +196,53 @@ def test_files_go_to_the_folder_and_names_do_not_collide(
         assert overlay.width > 60
     runs = json.loads(report.read_text("utf-8"))["runs"]
     assert [set(run["outputs"]) for run in runs] == [{"json", "overlay"}] * 2
+
+
+def test_a_question_without_an_image_is_asked(session: FakeSession, capsys: Captured) -> None:
+    assert main(["infer", "--prompt", "What is a liver?", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    jsonschema.validate(answer, read_schema())
+    assert (answer["input"], answer["regions"], session.together) == (None, [], [0])
+    assert main(["infer", "--prompt", "?", "--region", "point:1,1"]) == 1
+
+
+def test_inputs_asked_about_together_make_one_answer(
+    session: FakeSession, picture: str, sample_scan: str, capsys: Captured
+) -> None:
+    assert main(["infer", picture, sample_scan, "--together", "--prompt", "Which is larger?", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    jsonschema.validate(answer, read_schema())
+    assert session.together == [2]
+    assert [entry["path"] for entry in answer["more_inputs"]] == [sample_scan]
+
+
+def test_the_turns_of_a_chat_see_those_before_them(session: FakeSession, picture: str, capsys: Captured) -> None:
+    prompts = ["--prompt", "Where is it?", "--prompt", "How large?", "--prompt", "Why?"]
+    assert main(["infer", picture, "--chat", *prompts]) == 0
+    histories = [[turn.question for turn in prompt.history] for _, prompt, _ in session.asked]
+    assert histories == [[], ["Where is it?"], ["Where is it?", "How large?"]]
+    assert session.asked[1][1].history[0].tagged_text == "<ref>liver</ref>"
+
+
+def test_settings_reach_the_family(session: FakeSession, picture: str, capsys: Captured) -> None:
+    given = "--compat corrected --task vqa --prompts meta.json --labels chexpert --set tiles=4 --set order=training"
+    assert main(["infer", picture, "--prompt", "?", *given.split(), "--beams", "3"]) == 0
+    assert session.asked[0][1].settings == {
+        "compat": "corrected", "task": "vqa", "prompts": "meta.json", "labels": "chexpert", "tiles": "4",
+        "order": "training",
+    }  # fmt: skip
+    assert session.asked[0][2].beams == 3
+    assert main(["infer", picture, "--prompt", "?", "--set", "tiles"]) == 1
+
+
+def test_panels_and_router_are_written(session: FakeSession, picture: str, tmp_path: Path, capsys: Captured) -> None:
+    router = tmp_path / "router.json"
+    arguments = ["infer", picture, "--prompt", "?", "--panels", "-o", str(tmp_path / "out"), "--router", str(router)]
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "picture.panels.png").is_file()
+    (written,) = json.loads(router.read_text())
+    assert written["tokens"] == {"image": 1, "text": 3}
+    assert written["share_by_layer"]["all"] == [[0.0, 1.0], [0.0, 1.0]]
 
 
 def test_quiet_says_nothing_on_stderr(session: FakeSession, picture: str, tmp_path: Path, capsys: Captured) -> None:

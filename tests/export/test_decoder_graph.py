@@ -16,9 +16,11 @@ from edgemed.calibration.weight_only import quantize_weights
 from edgemed.decoding import DecodeOptions, decode
 from edgemed.errors import InvalidInput
 from edgemed.export.decoder_graph import build_decoder_graph
+from edgemed.export.graph_writer import GraphWriter, MatrixFormat, WeightFile
 from edgemed.families.specs import decoder_spec
 from edgemed.graphs import DimRange, from_json, to_json
 from edgemed.models.llama import Llama, LlamaConfig
+from edgemed.models.moe import MoeLlama, TopOneExperts
 
 CONFIG = LlamaConfig(
     vocabulary=130,
@@ -186,3 +188,128 @@ def test_weights_that_do_not_fit_are_named(change: np.ndarray | None, message: s
         weights["norm.weight"] = change
     with pytest.raises(InvalidInput, match=message):
         build_decoder_graph(CONFIG, weights, decoder_spec(CONFIG, image_rows=DimRange(1, 1, 1)))
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+MIXED = LlamaConfig(
+    vocabulary=130, width=64, layers=3, heads=4, kv_heads=4, head_dim=16, inner=96, tied=False, bins=0
+)  # fmt: skip
+EXPERTS = (2, 1, 2), (1, 3, 1), (2, 2, 2), (3, 1, 3)
+
+
+def make_moe(experts: tuple[int, ...], seed: int = 0) -> MoeLlama:
+    """As `make`, with routers that are sure of some tokens and not of others."""
+    torch.manual_seed(seed)
+    model = MoeLlama(MIXED, experts).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(40.0 if "router" in name else 4.0) if p.ndim == 2 else p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def open_moe(model: MoeLlama, folder: Path, experts: tuple[int, ...], form: MatrixFormat | None = None) -> Runner:
+    spec = decoder_spec(
+        model.config, image_rows=DimRange(1, ROWS, ROWS), cache=CACHE, draft=False, experts=experts
+    )  # fmt: skip
+    weights = WeightFile(folder / "decoder.onnx.data")
+    graph = build_decoder_graph(
+        model.config, tensors(model), spec, embedding_dtype="exact", experts=experts, writer=GraphWriter(form, weights)
+    )
+    weights.finish()
+    onnx.save(graph, folder / "decoder.onnx")
+    return open_runner("onnxruntime", folder / "decoder.onnx", spec, threads=1)
+
+
+def routed_by_torch(model: MoeLlama, ids: list[int], image: np.ndarray = IMAGE) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        embeddings = model.embed_mixed(torch.tensor([ids]), torch.from_numpy(image))
+        hidden, routed = model.forward_routed(embeddings, torch.arange(len(ids))[None])
+        router = torch.stack(routed, dim=2)  # [1, tokens, layers with experts, experts]
+        return {"hidden": hidden.numpy(), "logits": model.logits(hidden).numpy(), "router": router.numpy()}
+
+
+def assert_routed_equal(out: dict[str, np.ndarray], expected: dict[str, np.ndarray], first: int, end: int) -> None:
+    assert set(out) == {"logits", "hidden", "router"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(out[name], values[:, first:end], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_a_decoder_with_experts_equals_torch_in_prefill_steps_and_chunks(
+    tmp_path: Path, experts: tuple[int, ...]
+) -> None:
+    model = make_moe(experts)
+    expected = routed_by_torch(model, IDS)
+    chosen = expected["router"][0].argmax(-1)  # [tokens, layers with experts]
+    assert all(len(np.unique(layer)) == max(experts) for layer in chosen.T)  # every expert has tokens
+    runner = open_moe(model, tmp_path, experts)
+    prompt = 20
+    assert_routed_equal(runner.run(feed(IDS[:prompt], 0, prompt - 1)), expected, prompt - 1, prompt)
+    at = prompt
+    for size in (1, 1, 5, 1, 9):
+        assert_routed_equal(runner.run(feed(IDS[at : at + size], at, 0)), expected, at, at + size)
+        at += size
+    assert_routed_equal(runner.run(feed(IDS[25:35], 25, 3)), expected, 28, 35)  # rolled back
+    assert_routed_equal(runner.run(feed(IDS, 0, 0)), expected, 0, len(IDS))
+    assert_routed_equal(runner.run(feed(IDS, 0, len(IDS) - 1)), expected, len(IDS) - 1, len(IDS))
+
+
+@pytest.mark.parametrize("sole", [0, 1, 2])
+def test_when_all_tokens_go_to_one_expert_the_others_have_none(tmp_path: Path, sole: int) -> None:
+    experts = (3, 3, 3)
+    model = make_moe(experts)
+    with torch.no_grad():
+        for block in model.layers:
+            assert isinstance(block.mlp, TopOneExperts)
+            block.mlp.router.weight.zero_()[sole, 0] = 5.0
+        model.embedding.weight[:, 0] = 50.0
+    image = IMAGE.copy()
+    image[:, 0] = 50.0
+    expected = routed_by_torch(model, IDS, image)
+    assert (expected["router"].argmax(-1) == sole).all()
+    runner = open_moe(model, tmp_path, experts)
+    assert_routed_equal(runner.run({**feed(IDS, 0, 0), "image_tokens": image}), expected, 0, len(IDS))
+    assert_routed_equal(runner.run({**feed(IDS[-1:], len(IDS) - 1, 0), "image_tokens": image}), expected,
+                        len(IDS) - 1, len(IDS))  # fmt: skip
+
+
+def test_equal_probabilities_go_to_the_first_expert(tmp_path: Path) -> None:
+    experts = (2, 2, 2)
+    model = make_moe(experts)
+    with torch.no_grad():
+        for block in model.layers:
+            block.mlp.router.weight.zero_()
+    out = open_moe(model, tmp_path, experts).run(feed(IDS, 0, 0))
+    assert (out["router"] == 0.5).all()
+    assert_routed_equal(out, routed_by_torch(model, IDS), 0, len(IDS))
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("int8", 0.999), ("int4", 0.9)])
+def test_packed_experts_keep_the_direction_and_the_router_is_never_rounded(
+    tmp_path: Path, precision: str, cosine: float
+) -> None:
+    experts = (2, 1, 2)
+    model = make_moe(experts)
+    out = open_moe(model, tmp_path, experts, MatrixFormat(precision)).run(feed(IDS, 0, 0))  # type: ignore[arg-type]
+    logits, expected = out["logits"][0], routed_by_torch(model, IDS)["logits"][0]
+    found = (logits * expected).sum(-1) / np.linalg.norm(logits, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert np.median(found) > cosine
+    graph = onnx.load(tmp_path / "decoder.onnx").graph
+    stored = {t.name: t for t in graph.initializer}
+    assert np.array_equal(
+        onnx.numpy_helper.to_array(stored["layers.0.mlp.router.weight"]),
+        model.layers[0].mlp.router.weight.detach().numpy().T,
+    )
+    for name in ("layers.0.mlp.experts.1.gate_up", "layers.2.mlp.experts.0.down", "layers.1.gate_up", "head"):
+        assert stored[f"{name}.weight.{precision}"].data_type == onnx.TensorProto.UINT8
+
+
+def test_an_exact_embedding_table_that_bfloat16_holds_takes_half(tmp_path: Path) -> None:
+    model = make_moe((2, 1, 2))
+    with torch.no_grad():
+        model.embedding.weight.copy_(model.embedding.weight.bfloat16())
+    out = open_moe(model, tmp_path, (2, 1, 2)).run(feed(IDS, 0, 0))
+    assert_routed_equal(out, routed_by_torch(model, IDS), 0, len(IDS))
+    stored = {t.name: t for t in onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph.initializer}
+    assert stored["embedding.weight"].data_type == onnx.TensorProto.BFLOAT16

@@ -1,19 +1,20 @@
-"""The published families as exported bundles of the tiny references, each made once for the whole run."""
+"""The published families over the tiny references, as exported bundles and in torch, each made once for the whole run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from edgemed.backends import Outputs, Runner, open_runner
 from edgemed.bundle import Bundle
 from edgemed.core import Scan
-from edgemed.graphs import Feeds
+from edgemed.graphs import Feeds, GraphSpec
 from edgemed.infer import Session
 
 CACHE = 1024
@@ -21,23 +22,32 @@ CACHE = 1024
 
 
 class Tiny:
-    """One reference folder with the bundle exported from it: a Session, and its graphs one by one, on the CPU."""
+    """One reference folder with its bundle: a Session, and its graphs one by one, on the CPU.
 
-    def __init__(self, arrays: Any, bundle: Bundle) -> None:
+    artifact: what the back end torch runs for a role; None: onnxruntime runs the bundle's graphs.
+    """
+
+    def __init__(self, arrays: Any, bundle: Bundle, artifact: Callable[[str], Any] | None = None) -> None:
         self.arrays = arrays
         self.bundle = bundle
+        self._artifact = artifact
+        self._backend = "torch" if artifact else "onnxruntime"
         self._runners: dict[str, Runner] = {}
+
+    def open_session(self) -> Session:
+        """Return a new Session over the bundle."""
+        return Session(self.bundle, self._backend, "cpu", threads=1, artifact=self._artifact)
 
     @cached_property
     def session(self) -> Session:
-        """A Session over the bundle."""
-        return Session(self.bundle, device="cpu", threads=1)
+        """The Session that tests share."""
+        return self.open_session()
 
     def run(self, role: str, feeds: Feeds) -> Outputs:
         """Return the outputs of one graph on feeds; the decoder's cache is overwritten from where the feeds say."""
         if role not in self._runners:
-            path, spec = self.bundle.graph_path(role), self.bundle.spec(role)
-            self._runners[role] = open_runner("onnxruntime", path, spec, device="cpu", threads=1)
+            runs, spec = (self._artifact or self.bundle.graph_path)(role), self.bundle.spec(role)
+            self._runners[role] = open_runner(self._backend, runs, spec, device="cpu", threads=1)
         return self._runners[role].run(feeds)
 
     def scan(self, image: str) -> Scan:
@@ -67,6 +77,26 @@ class Tiny:
         np.testing.assert_allclose(found[given], expected[given], rtol=0, atol=atol)
 
 
+@pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """Traces each module once: a trace knows shapes only, which the compact and the full reference share."""
+    from edgemed.export import traced_graph
+
+    made: dict[str, onnx.ModelProto] = {}
+
+    def traced(module: Any, spec: GraphSpec) -> onnx.ModelProto:
+        if repr(spec) not in made:
+            made[repr(spec)] = trace(module, spec)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(made[repr(spec)])
+        return copy
+
+    trace = traced_graph.traced
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traced_graph, "traced", traced)
+        yield
+
+
 def _exported(arrays: Any, folder: Path, describe: Any) -> Iterator[Tiny]:
     from edgemed.checkpoints import open_checkpoint
     from edgemed.export.published import Conversion, write_published_bundle
@@ -78,19 +108,37 @@ def _exported(arrays: Any, folder: Path, describe: Any) -> Iterator[Tiny]:
     tiny.close()
 
 
+def _opened(arrays: Any) -> Iterator[Tiny]:
+    from edgemed.families.opened_torch import open_folder
+
+    tiny = Tiny(arrays, *open_folder(arrays.folder))
+    yield tiny
+    tiny.close()
+
+
 @pytest.fixture(scope="session")
-def medrega(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    """The exported tiny MedRegA; takes 3 s."""
-    pytest.importorskip("onnxruntime")
+def medrega(reference: Any, tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> Iterator[Tiny]:
+    """The exported tiny MedRegA; takes 5 s."""
     from edgemed.families.medrega_torch import describe
 
     yield from _exported(reference("medrega-tiny"), tmp_path_factory.mktemp("medrega"), describe)
 
 
 @pytest.fixture(scope="session")
-def medplib(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def medplib(reference: Any, tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> Iterator[Tiny]:
     """The exported tiny MedPLIB; takes 10 s."""
-    pytest.importorskip("onnxruntime")
     from edgemed.families.medplib_torch import describe
 
     yield from _exported(reference("medplib-tiny"), tmp_path_factory.mktemp("medplib"), describe)
+
+
+@pytest.fixture(scope="session")
+def medrega_in_torch(reference: Any) -> Iterator[Tiny]:
+    """The tiny MedRegA without export, run by torch."""
+    yield from _opened(reference("medrega-tiny"))
+
+
+@pytest.fixture(scope="session")
+def medplib_in_torch(reference: Any) -> Iterator[Tiny]:
+    """The tiny MedPLIB without export, run by torch."""
+    yield from _opened(reference("medplib-tiny"))

@@ -1,4 +1,4 @@
-"""Every stored array of the tiny MedRegA against the exported bundle: runtime code and graphs on onnxruntime, CPU."""
+"""Every stored array of the tiny MedRegA: runtime code with the exported graphs on onnxruntime, and in torch."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ class Compared:
 
     def _decoded(self, case: str) -> dict[str, Array]:
         prompt = self.tiny.arrays.input(f"input_ids_{case}")[0]
-        return self._run(np.concatenate([prompt, self.tiny.arrays.expected(f"gen_{case}")[0, :-1]]), self.pictures(case))
+        return self._run(
+            np.concatenate([prompt, self.tiny.arrays.expected(f"gen_{case}")[0, :-1]]), self.pictures(case)
+        )
 
     def prompt_part(self, case: str, output: str) -> Array:
         return self.decoded(case)[output][:, : self.tiny.arrays.input(f"input_ids_{case}").shape[1]]
@@ -180,9 +182,9 @@ class Compared:
         return np.asarray((rest[kept] - logits[kept, labels[kept]]).mean()[None])
 
 
-@pytest.fixture(scope="module")
-def compared(medrega: Any) -> Compared:
-    return Compared(medrega)
+@pytest.fixture(scope="module", params=["medrega", "medrega_in_torch"])
+def compared(reference: Any, request: pytest.FixtureRequest) -> Compared:
+    return Compared(request.getfixturevalue(request.param))
 
 
 @pytest.mark.parametrize("name", HERE_TOO)

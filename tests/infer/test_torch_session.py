@@ -123,9 +123,7 @@ def test_a_native_checkpoint_answers_as_its_bundle_does(native: Path, tmp_path: 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
 def test_a_checkpoint_with_another_back_end_says_how_to_go_on(native: Path, backend: str) -> None:
-    with pytest.raises(
-        BundleError, match=rf"export it first with `edgemed export {native} -o BUNDLE`, or use --backend"
-    ):
+    with pytest.raises(BundleError, match="export it first with `edgemed export FOLDER -o BUNDLE`, or use --backend t"):
         open_session(native, backend)
 
 
