@@ -100,8 +100,8 @@ class Index:
         """Raise InvalidInput unless `bundle` made this index: what another one makes cannot be compared."""
         if bundle.digest != self.bundle_sha256:
             raise InvalidInput(
-                f"the index was made with the bundle {self.bundle!r}, sha256 {self.bundle_sha256[:12]}..., and is asked "
-                f"with {bundle.manifest.name!r}, {bundle.digest[:12]}...; pass the same one, or build the index anew"
+                f"the index was made with the bundle {self.bundle!r}, sha256 {self.bundle_sha256[:12]}..., asked with "
+                f"{bundle.manifest.name!r}, {bundle.digest[:12]}...; pass the same one, or build the index anew"
             )
 
     def find(

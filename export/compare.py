@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def compare_with_torch(
     pairs: Pairs = {}
     try:
         for role in specs:
-            theirs[role] = TorchRunner(lambda r=role: load_module(published, r), specs[role], device=Device("cpu"))
+            theirs[role] = TorchRunner(partial(load_module, published, role), specs[role], device=Device("cpu"))
             ours[role] = open_runner("onnxruntime", paths[role], specs[role], device="cpu")
         for scan in scans:
             for prompt in _prompts(published.family, scan):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgemed.cli.infer import check_device
+from edgemed.cli.options import keep_libraries_quiet, model_options
 from edgemed.cli.verbs import debug_option, describe
 from edgemed.errors import (
     BackendUnavailable,
@@ -45,30 +45,12 @@ _MASK_IN_TEXT = re.compile(r"<mask>(.*?)</mask>", re.DOTALL)
 _NUMBERED = re.compile(r"image(\d+)")
 
 
-def bundle_options(function: C) -> C:
-    """Add the options that say which model embeds the images, and where."""
-    for option in (
-        debug_option,
-        click.option("-q", "--quiet", is_flag=True, help="No notes on stderr; errors stay."),
-        click.option("--allow-cpu", is_flag=True, help="Use the CPU if the GPU that was asked for is not there."),
-        click.option(
-            "--device", default="auto", show_default=True, metavar="auto|cpu|gpu|gpu:N", callback=check_device,
-            help="Where.",
-        ),
-        click.option(
-            "--backend", type=click.Choice(["auto", "onnxruntime", "tensorrt", "torch"]), default="auto",
-            show_default=True, help="The engine that runs the graph.",
-        ),
-    ):  # fmt: skip
-        function = option(function)
-    return function
-
-
 def search_options(function: C) -> C:
     """Add the options of a search."""
     for option in (
-        bundle_options,
-        click.option("--bundle", metavar="NAME|FOLDER", help="The model; default: the one of the name in the index."),
+        debug_option,
+        click.option("-q", "--quiet", is_flag=True, help="No notes on stderr; errors stay."),
+        model_options,
         click.option("--with-self", is_flag=True, help="Do not leave out the image itself, as published."),
         click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many to find."),
     ):
@@ -92,9 +74,10 @@ def command() -> None:
     metavar="FOLDER|SUFFIX",
     help="Where the mask of a/x.png is: in that folder, as a/x.png, or beside it, with the suffix: _mask: a/x_mask.png",
 )
-@click.option("--bundle", default="nano", show_default=True, metavar="NAME|FOLDER", help="The model that embeds.")
-@bundle_options
-def build(folder: str, output: str, masks: str | None, bundle: str, quiet: bool, **engine: Any) -> None:
+@model_options
+@click.option("-q", "--quiet", is_flag=True, help="No notes on stderr; errors stay.")
+@debug_option
+def build(folder: str, output: str, masks: str | None, quiet: bool, **model: Any) -> None:
     """Make an index of the DICOM files, PNGs and JPEGs in FOLDER and below it; of a file's frames the first.
 
     A file that cannot be read is told and left out; the command then ends with exit code 87.
@@ -105,7 +88,7 @@ def build(folder: str, output: str, masks: str | None, bundle: str, quiet: bool,
     collection = find_images(folder, masks)
     with Reader() as reader:
         reader.start()
-        with _open(bundle, **engine) as session:
+        with _open(**model) as session:
             embedding = Embedding(session, reader, collection, quiet=quiet)
             index = build_index(session.bundle, embedding.rows(), output)
     with_mask = sum(item.mask is not None for item in index.items)
@@ -127,9 +110,8 @@ def build(folder: str, output: str, masks: str | None, bundle: str, quiet: bool,
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @search_options
 def search(
-    folder: str, path: str, frame: int, as_json: bool, top: int, with_self: bool, bundle: str | None, quiet: bool,
-    **engine: Any,
-) -> None:  # fmt: skip
+    folder: str, path: str, frame: int, as_json: bool, top: int, with_self: bool, quiet: bool, **model: Any
+) -> None:
     """Find the images of INDEX that are most like INPUT, which itself is left out.
 
     The first column is the cosine of the two images' features: 1 at most.
@@ -140,7 +122,7 @@ def search(
     index = open_index(folder)
     with Reader() as reader:
         reader.start()
-        with _open(bundle or index.bundle, **engine) as session:
+        with _open(**model) as session:
             found = _nearest(index, session, reader, path, frame=frame, top=top, with_self=with_self)
     if as_json:
         matches = [{**asdict(match.item), "similarity": match.similarity} for match in found]
@@ -161,9 +143,8 @@ def search(
 @click.option("--images", metavar="FOLDER", help="Where the questions' images are; default: beside QUESTIONS.json.")
 @search_options
 def augment(
-    folder: str, questions: str, output: str, images: str | None, top: int, with_self: bool, bundle: str | None,
-    quiet: bool, **engine: Any,
-) -> None:  # fmt: skip
+    folder: str, questions: str, output: str, images: str | None, top: int, with_self: bool, quiet: bool, **model: Any
+) -> None:
     """Add to each question the images of INDEX most like its own, with their masks, as icl_examples.
 
     QUESTIONS.json is a list of {image, conversations, ...} as MedPLIB has it. The paths of the examples are those in
@@ -183,7 +164,7 @@ def augment(
     known: dict[str, list[dict[str, str | None]]] = {}
     with Reader() as reader:
         reader.start()
-        with _open(bundle or index.bundle, **engine) as session:
+        with _open(**model) as session:
             index.check_bundle(session.bundle)
             for image in dict.fromkeys(filter(None, map(image_of, items))):  # MedPLIB asks several times about one
                 path = str(root / image)
@@ -382,15 +363,16 @@ def target_mask_of(item: Mapping[str, Any]) -> str | None:
 def _augmented(item: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return a question with `image`, `target_mask` and `icl_examples`; as it was, if its image has no examples."""
     image, mask = image_of(item), target_mask_of(item)
-    if image not in known:
+    if image is None or image not in known:
         return item
     return {**item, "image": image, **({"target_mask": mask} if mask else {}), "icl_examples": known[image]}
 
 
-def _open(bundle: str, **engine: Any) -> Session:
+def _open(**model: Any) -> Session:
     from edgemed.infer import open_session
 
-    return open_session(bundle, roles=("vision_encoder",), **engine)
+    keep_libraries_quiet()
+    return open_session(**model, roles=("vision_encoder",))
 
 
 def _tell(error: BaseException, path: str) -> None:

@@ -16,14 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemed.cli.options import Asking, family_options, model_options, shown_options, writing_options
+from edgemed.cli.options import (
+    Asking,
+    family_options,
+    keep_libraries_quiet,
+    model_options,
+    shown_options,
+    writing_options,
+)
 from edgemed.cli.verbs import debug_option, describe
-from edgemed.errors import BackendUnavailable, BatchPartlyFailed, BundleError, CannotWrite, EdgemedError
+from edgemed.errors import BackendUnavailable, BatchPartlyFailed, BundleError, CannotWrite, EdgemedError, InvalidInput
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from edgemed.core import Answer, Prompt, PromptRegion, Scan, Turn
+    from edgemed.core import Answer, Example, Prompt, PromptRegion, Scan, Turn
     from edgemed.dicom import Reader
     from edgemed.infer import Session
 
@@ -35,6 +42,9 @@ class Request(Asking):
     inputs: tuple[str, ...]
     prompts: tuple[str, ...]
     regions: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    examples_from: str | None = None
+    top: int = 3
     tokens: bool = False
     folder: str | None = None
     overlay: bool = False
@@ -58,6 +68,21 @@ class Request(Asking):
     help="A place that is asked about, in pixels of the shown frame; repeatable. "
     "box:x0,y0,x1,y1 or point:x,y or mask:FILE.png",
 )
+@click.option(
+    "--example",
+    "examples",
+    multiple=True,
+    metavar="IMAGE=MASK.png",
+    help="An image with what is to be outlined in it, shown before the question (families that take examples); "
+    "repeatable. The mask has the size of its image and is where it is not black.",
+)
+@click.option(
+    "--examples-from",
+    metavar="INDEX=FOLDER",
+    help="Examples, too: those images of an index (edgemed index build --masks) that are most like the INPUT; FOLDER "
+    "is what the paths in the index are relative to.",
+)
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many of --examples-from.")
 @click.option("--together", is_flag=True, help="Ask about all inputs in one question.")
 @click.option("--chat", is_flag=True, help="The prompts are turns of one conversation.")
 @family_options
@@ -89,7 +114,7 @@ def run(request: Request) -> None:
     """
     from edgemed.dicom import Reader
 
-    _keep_libraries_quiet()
+    keep_libraries_quiet()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # answers may be Chinese, and a JSON line is always UTF-8
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -99,11 +124,13 @@ def run(request: Request) -> None:
     with Reader() as reader:
         reader.start()
         opening = _open_in_background(request)
+        examples = _examples(request, reader)
+        nearest = _nearest_examples(request, reader)
         for paths in groups:
             started = time.perf_counter()
             try:
                 scans = [reader.read(path, frame=request.frame, window=request.window) for path in paths]
-                prompts = _prompts(request, scans, reader)
+                prompts = [replace(p, examples=examples) for p in _prompts(request, scans, reader)]
             except (EdgemedError, MemoryError) as error:
                 failed += _tell(error, paths, request, groups)
                 continue
@@ -111,8 +138,9 @@ def run(request: Request) -> None:
             session = opening.result()
             history: tuple[Turn, ...] = ()
             try:
+                similar = nearest(session, scans, paths)
                 for prompt in prompts:
-                    prompt = replace(prompt, history=history)
+                    prompt = replace(prompt, history=history, examples=(*prompt.examples, *similar))
                     answer = _ask(session, scans, prompt, request, started, read_ms)
                     outputs.write(answer, scans, prompt, paths, notice=session.notice(prompt.language))
                     started, read_ms = time.perf_counter(), 0.0  # a second question does not read the scan again
@@ -133,15 +161,6 @@ def _turn(prompt: Prompt, answer: Answer) -> Turn:
     return Turn(prompt.text, answer.text, answer.tagged_text)
 
 
-def _keep_libraries_quiet() -> None:
-    """Silence warnings and log lines of libraries: they may quote values of a file."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.getLogger().addHandler(logging.NullHandler())
-
-
 def _open_in_background(request: Request) -> Future[Session]:
     """Return the session to be: the bundle is opened in a thread while the first scan is read."""
     from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +169,57 @@ def _open_in_background(request: Request) -> Future[Session]:
     future = pool.submit(request.open_session)
     pool.shutdown(wait=False)
     return future
+
+
+def _examples(request: Request, reader: Reader) -> tuple[Example, ...]:
+    """Return the examples, read once for all inputs and shown in their window."""
+    if not request.examples:
+        return ()
+    from edgemed.cli.regions import read_example
+
+    def read_image(path: str) -> Scan:
+        return reader.read(path, window=request.window)
+
+    return tuple(read_example(text, read_image, reader.read) for text in request.examples)
+
+
+def _nearest_examples(
+    request: Request, reader: Reader
+) -> Callable[[Session, Sequence[Scan], Sequence[str]], tuple[Example, ...]]:
+    """Return a function that gives the images of --examples-from most like the first input, never that one itself.
+
+    Raises EdgemedError (usage) if the option has another form or there is no input, and what opening an index raises;
+    the function, InvalidInput if another bundle made the index or a file is not the one that was indexed.
+    """
+    if request.examples_from is None:
+        return lambda session, scans, paths: ()
+    from edgemed.cli.regions import read_region
+    from edgemed.core import Example
+    from edgemed.files import sha256_of
+    from edgemed.retrieval import Match, open_index
+
+    folder, _, root = request.examples_from.rpartition("=")
+    if not (folder and root):
+        raise EdgemedError(f"--examples-from {request.examples_from!r} has another form than INDEX=FOLDER")
+    if not request.inputs:
+        raise EdgemedError("--examples-from was given without an image; an INPUT was expected")
+    index = open_index(folder)
+
+    def read(match: Match) -> Example:
+        item = match.item
+        image = f"{root}/{item.path}"
+        if sha256_of(image) != item.sha256:
+            raise InvalidInput(f"{image} is not the file that was indexed; build the index anew")
+        scan = reader.read(image, frame=item.frame, window=request.window)
+        region = read_region(f"mask:{root}/{item.mask}", scan, reader.read)
+        assert region.mask is not None
+        return Example(scan, region.mask, item.frame)
+
+    def nearest(session: Session, scans: Sequence[Scan], paths: Sequence[str]) -> tuple[Example, ...]:
+        own = {sha256_of(path) for path in paths}
+        return tuple(map(read, index.find(session, scans[0], request.frame, request.top, own, masked=True)))
+
+    return nearest
 
 
 def _prompts(request: Request, scans: Sequence[Scan], reader: Reader) -> list[Prompt]:
@@ -161,10 +231,7 @@ def _prompts(request: Request, scans: Sequence[Scan], reader: Reader) -> list[Pr
         raise EdgemedError("a region was given without an image; an INPUT was expected")
     regions: tuple[PromptRegion, ...] = tuple(read_region(text, scans[0], reader.read) for text in request.regions)
     settings = request.family_settings()
-    return [
-        Prompt(text, regions, request.language(text), request.frame, settings=settings)
-        for text in request.prompts
-    ]
+    return [Prompt(text, regions, request.language(text), request.frame, settings=settings) for text in request.prompts]
 
 
 def _ask(

@@ -181,7 +181,14 @@ writing_options = _together(
         show_default=True,
         help="Above 1: beam search, at temperature 0.",
     ),
-    click.option(
-        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0."
-    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0."),
 )
+
+
+def keep_libraries_quiet() -> None:
+    """Silence warnings and log lines of libraries: they may quote values of a file."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())

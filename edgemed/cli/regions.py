@@ -1,11 +1,19 @@
-"""The text of --region as a PromptRegion: box:x0,y0,x1,y1 | point:x,y | mask:FILE.png, in pixels of the shown frame."""
+"""What the command line says of places: --region as a PromptRegion, --example as an Example.
+
+    --region box:x0,y0,x1,y1 | point:x,y | mask:FILE.png        in pixels of the shown frame
+    --example IMAGE=MASK.png
+
+A mask is a picture of the size of its image; it is where the picture is not black.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from edgemed.core import PromptRegion, Scan
+import numpy as np
+
+from edgemed.core import Example, Mask, PromptRegion, Scan
 from edgemed.errors import EdgemedError, InvalidInput
 
 COUNTS = {"box": 4, "point": 2}
@@ -19,7 +27,7 @@ def read_region(text: str, scan: Scan, read: Callable[[str], Scan]) -> PromptReg
     """
     kind, _, value = text.partition(":")
     if kind == "mask" and value:
-        return _mask(read(value), value, scan)
+        return PromptRegion("mask", mask=_mask(read(value), value, scan))
     numbers = _numbers(value)
     if COUNTS.get(kind) != len(numbers):
         raise EdgemedError(f"region {text!r} has another form than box:x0,y0,x1,y1, point:x,y or mask:FILE.png")
@@ -33,6 +41,21 @@ def read_region(text: str, scan: Scan, read: Callable[[str], Scan]) -> PromptReg
     return PromptRegion("box", box=(numbers[0], numbers[1], numbers[2], numbers[3]))
 
 
+def read_example(text: str, read_image: Callable[[str], Scan], read: Callable[[str], Scan]) -> Example:
+    """Return the example that `text` names; its frame is the first that was read.
+
+    read_image: reads the image, read: the picture of the mask. A path may hold a "="; the last one divides.
+
+    Raises EdgemedError (usage) if the text has another form, InvalidInput if the mask is empty or does not fit, and
+    what reading either file raises.
+    """
+    image, _, mask = text.rpartition("=")
+    if not (image and mask):
+        raise EdgemedError(f"example {text!r} has another form than IMAGE=MASK.png")
+    scan = read_image(image)
+    return Example(scan, _mask(read(mask), mask, scan), scan.first_frame)
+
+
 def _numbers(value: str) -> list[float]:
     """Return the finite numbers between the commas of `value`, or none if one of them is not a number."""
     try:
@@ -42,8 +65,8 @@ def _numbers(value: str) -> list[float]:
     return numbers if all(math.isfinite(n) for n in numbers) else []
 
 
-def _mask(picture: Scan, path: str, scan: Scan) -> PromptRegion:
-    """Return the region of the pixels of a picture that are not black."""
+def _mask(picture: Scan, path: str, scan: Scan) -> Mask:
+    """Return where a picture is not black."""
     if (picture.rows, picture.columns) != (scan.rows, scan.columns):
         raise InvalidInput(
             f"mask file {path} has {picture.columns} x {picture.rows} pixels; "
@@ -53,4 +76,4 @@ def _mask(picture: Scan, path: str, scan: Scan) -> PromptRegion:
     mask = inside.any(axis=-1) if inside.ndim == 3 else inside
     if not mask.any():
         raise InvalidInput(f"mask file {path} is black all over; the region must have other pixels")
-    return PromptRegion("mask", mask=mask)
+    return np.asarray(mask)

@@ -21,6 +21,7 @@ from edgemed.errors import EdgemedError, OutOfMemory
 VERBS = {
     "infer": "Ask about scans: an answer in words, boxes and masks.",
     "index": "Find the images of a collection that are most like another.",
+    "batch": "Ask every question of a file, one line of answers each.",
     "models": "List, show, verify, import and remove bundles.",
     "eval": "Measure the quality of a bundle on labelled images.",
     "train": "Train a model from a recipe file (needs edgemed[train]).",

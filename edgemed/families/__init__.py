@@ -210,7 +210,7 @@ def mean_direction(rows: Array) -> npt.NDArray[np.float32]:
     length = float(np.linalg.norm(mean))
     if not 0 < length < np.inf:
         raise InvalidInput(f"the image's features have a mean of length {length:g}; there is nothing to compare")
-    return (mean / length).astype(np.float32)
+    return np.asarray(mean / length, np.float32)
 
 
 def one_scan(scans: Sequence[Scan], family: str) -> Scan:

@@ -157,6 +157,26 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_files_are_copied_or_moved(tmp_path: Path) -> None:
+    source = tmp_path / "decoder.onnx"
+    source.write_bytes(b"graph")
+    files = {"graphs/decoder.onnx": source, "NOTICE": b"terms"}
+    copied = make(tmp_path / "a", files=files)
+    assert source.read_bytes() == b"graph"
+    inode = source.stat().st_ino
+    moved = make(tmp_path / "b", files=files, move=True)
+    assert not source.exists()
+    assert moved.digest == copied.digest
+    assert moved.graph_path("decoder").stat().st_ino == inode  # nothing was copied
+    assert open_bundle(tmp_path / "b").digest == moved.digest
+
+
+def test_a_file_to_move_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite):
+        make(tmp_path / "b", files={"graphs/decoder.onnx": tmp_path / "nowhere"}, move=True)
+    assert os.listdir(tmp_path) == []
+
+
 def test_existing_folder_is_replaced_only_when_asked_and_only_if_a_bundle(tmp_path: Path) -> None:
     old = make(tmp_path / "b")
     with pytest.raises(CannotWrite, match="it exists already"):

@@ -183,6 +183,17 @@ def test_the_free_grammar_allows_everything() -> None:
     assert free.allowed(free.advance(free.start(), PAD)).all()
 
 
+def test_the_free_grammar_can_keep_one_token_from_the_start() -> None:
+    free = FreeGrammar(VOCABULARY, not_first=EOS)
+    assert set(np.flatnonzero(~free.allowed(free.start()))) == {EOS}
+    assert free.allowed(free.advance(free.start(), 20)).all()
+    assert free.allowed(free.advance(free.advance(free.start(), 20), EOS)).all()
+    assert FreeGrammar(VOCABULARY).allowed(0).all()
+    assert not FreeGrammar(VOCABULARY, not_first=0).allowed(0)[0]  # id 0 is a token as any other
+    with pytest.raises(ValueError, match="read-only"):
+        free.allowed(free.start())[EOS] = True
+
+
 def test_what_may_not_come_first_may_come_later() -> None:
     grammar = GRAMMAR.knowing({}, never_first=(20, 21))
     start = grammar.start()

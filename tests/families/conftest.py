@@ -1,4 +1,4 @@
-"""The published families over the tiny references, as exported bundles and in torch, each made once for the whole run."""
+"""The published families over the tiny references, exported and in torch, each made once for the whole run."""
 
 from __future__ import annotations
 

@@ -76,6 +76,26 @@ def test_a_capacity_that_would_drop_tokens_is_noted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "compressed", "of_mask", "fell_back"),
+    [
+        ({}, None, None, []),
+        ({"mm_token_compress": False, "mm_compressed_token_count": 100}, None, None, []),
+        ({"mm_token_compress": True}, 256, None, ["mm_compressed_token_count"]),
+        ({"mm_token_compress": True, "mm_compressed_token_count": 144}, 144, None, []),
+        ({"icl_mask_encoder": True, "mask_encoder_token_count": None}, None, 64, ["mask_encoder_token_count"]),
+        ({"icl_mask_encoder": True, "mask_encoder_token_count": 16}, None, 16, []),
+    ],
+)
+def test_parts_for_examples_are_there_where_their_flag_says_so(
+    change: dict[str, Any], compressed: int | None, of_mask: int | None, fell_back: list[str]
+) -> None:
+    found = read_config({**LEAST, **change})
+    assert (found.compressed_tokens, found.mask_tokens) == (compressed, of_mask)
+    assert (found.patches, found.image_tokens) == (576, compressed or 576)
+    assert [key for key in found.fell_back if "token" in key and key.startswith(("mm", "mask"))] == fell_back
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "internvl_chat"}, "model_type is 'internvl_chat'"),
@@ -89,8 +109,14 @@ def test_a_capacity_that_would_drop_tokens_is_noted() -> None:
         ({"mm_hidden_size": 768}, "mm_hidden_size is 768, expected the width of the CLIP tower, 1024"),
         ({"mm_vision_select_layer": 25}, "mm_vision_select_layer is 25, expected one of -25..24"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch', expected 'patch'"),
-        ({"mm_token_compress": True}, "mm_token_compress is True, expected False"),
-        ({"icl_mask_encoder": True}, "icl_mask_encoder is True, expected False"),
+        ({"mm_token_compress": "yes"}, "mm_token_compress is 'yes', expected False or True"),
+        ({"mm_token_compress": True, "mm_compressed_token_count": 0}, "mm_compressed_token_count is 0, expected a num"),
+        ({"icl_mask_encoder": 2}, "icl_mask_encoder is 2, expected False or True"),
+        (
+            {"icl_mask_encoder": True, "mask_encoder_token_count": 64.0},
+            "mask_encoder_token_count is 64.0, expected a v",
+        ),
+        ({"region_geo_sampler": True}, "region_geo_sampler is True, expected False"),
         ({"moe": {"top_k_experts": 2}}, r"moe\.top_k_experts is 2, expected 1"),
         ({"moe": {"use_residual": True}}, r"moe\.use_residual is True"),
         (

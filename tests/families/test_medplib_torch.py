@@ -364,10 +364,13 @@ SAM = SamMed2dConfig(
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
-def write_other(folder: Path, change: Change | None = None) -> MedplibModel:
-    """Write a checkpoint of other sizes with random weights; return the model whose weights they are."""
+def write_other(folder: Path, change: Change | None = None, **keys: Any) -> MedplibModel:
+    """Write a checkpoint of other sizes with random weights; return the model whose weights they are.
+
+    change: what is wrong with it. keys: of config.json, beside those of OTHER.
+    """
     torch.manual_seed(11)
-    model = MedplibModel(read_config(OTHER, TOWER), SAM).eval()
+    model = MedplibModel(read_config({**OTHER, **keys}, TOWER), SAM).eval()
     tensors: dict[str, Tensor] = {}
     for role, table in key_table(model).items():
         state = model.get_submodule(role).state_dict()
@@ -375,7 +378,7 @@ def write_other(folder: Path, change: Change | None = None) -> MedplibModel:
             state[name].copy_(torch.randn(state[name].shape) * 0.3)
             parts = state[name].split([p.shape[0] for p in pieces])
             tensors |= {piece.key: part.clone() for piece, part in zip(pieces, parts, strict=True)}
-    config = json.loads(json.dumps(OTHER))
+    config = json.loads(json.dumps({**OTHER, **keys}))
     if change is not None:
         change(config, tensors)
     (folder / "clip-other").mkdir(parents=True)
@@ -463,6 +466,35 @@ def _say(**keys: Any) -> Change:
     return change
 
 
+PARTS = {
+    "mm_token_compress": True, "mm_compressed_token_count": 4, "icl_mask_encoder": True, "mask_encoder_token_count": 3,
+}  # fmt: skip
+
+
+def test_parts_for_examples_are_loaded_from_their_published_keys(tmp_path: Path) -> None:
+    source = write_other(tmp_path / "other", **PARTS)
+    checkpoint = open_checkpoint(tmp_path / "other")
+    own = {k: tuple(checkpoint.shape(k)) for k in checkpoint.names if "compressor" in k or "mask_encoder" in k}
+    convolutions = ((0, 64, 1), (2, 128, 64), (4, 256, 128), (6, 256, 256))
+    assert own == {
+        "model.mm_token_compressor.norm.weight": (24,),
+        "model.mm_token_compressor.norm.bias": (24,),
+        "model.mm_token_compressor.proj.weight": (24, 24),
+        "model.mm_token_compressor.proj.bias": (24,),
+        **{f"model.mask_encoder.encoder.{i}.weight": (a, b, 3, 3) for i, a, b in convolutions},
+        **{f"model.mask_encoder.encoder.{i}.bias": (a,) for i, a, _ in convolutions},
+        "model.mask_encoder.proj.weight": (24, 256),
+        "model.mask_encoder.proj.bias": (24,),
+        "model.mask_encoder.norm.weight": (24,),
+        "model.mask_encoder.norm.bias": (24,),
+    }
+    projector, expected = load(checkpoint).projector, source.projector.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in projector.state_dict().items())
+    with torch.no_grad():
+        rows = projector(torch.randn(1, 9, 12), torch.full((2, 9), 1 / 9), torch.ones(1, 1, 15, 15))
+    assert [tuple(part.shape) for part in rows] == [(4, 24), (2, 24), (3, 24)]
+
+
 EXPERT = "model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.2.up_proj.weight"
 WRONG: dict[str, tuple[Change, str]] = {
     "missing expert": (_drop(EXPERT), re.escape(EXPERT)),
@@ -490,6 +522,28 @@ WRONG: dict[str, tuple[Change, str]] = {
     "no SAM": (_drop("model.visual_model.image_encoder.pos_embed"), r"image_encoder\.pos_embed is missing"),
     "family": (_say(model_type="llava"), "model_type is 'llava', 'medplib_moe_llama' was expected"),
 }
+
+
+WRONG_PARTS: dict[str, tuple[Change, str]] = {
+    "compressor without its flag": (_say(mm_token_compress=False), r"4 tensors are unknown \(model\.mm_token_compre"),
+    "mask encoder without its flag": (_say(icl_mask_encoder=False), r"12 tensors are unknown \(model\.mask_encoder\."),
+    "flag without the compressor's norm": (
+        _drop("model.mm_token_compressor.norm.bias"),
+        r"1 tensor is missing \(model\.mm_token_compressor\.norm\.bias\)",
+    ),
+    "convolution of another width": (
+        _put("model.mask_encoder.encoder.2.weight", torch.zeros(128, 32, 3, 3)),
+        r"mask_encoder\.encoder\.2\.weight is \[128, 32, 3, 3\], expected \[128, 64, 3, 3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_parts_for_examples_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
+    change, message = WRONG_PARTS[case]
+    write_other(tmp_path / "other", change, **PARTS)
+    with pytest.raises(InvalidInput, match=message):
+        load(open_checkpoint(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("case", WRONG)

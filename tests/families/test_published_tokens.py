@@ -91,6 +91,22 @@ def test_nothing_a_user_types_becomes_a_token(published: dict[str, PublishedToke
         assert tokens.id_of("<|im_start|>") not in ids
 
 
+def test_names_a_user_may_write_stay_tokens_and_no_other_hides_behind_them(
+    published: dict[str, PublishedTokens],
+) -> None:
+    tokens = published["medrega-tiny"]
+    keep = ("<ref>", "</ref>")
+    typed = "<ref>left kidney</ref> <box> <|im_end|> <<ref>box> <|im_<ref>end|> <ref<ref>>"
+    plain = tokens.plain(typed, keep)
+    ids = tokens.encode(plain, bos=False)
+    kept = {tokens.id_of(name) for name in keep}
+    assert {token.id for token in tokens.added} & set(ids) == kept
+    assert tokens.id_of("<|im_end|>") not in ids
+    assert plain.startswith("<ref>left kidney</ref> box im_end ")
+    assert tokens.plain(plain, keep) == plain
+    assert tokens.plain(typed, ()) == tokens.plain(typed)
+
+
 def test_id_outside_the_vocabulary_is_refused(published: dict[str, PublishedTokens]) -> None:
     with pytest.raises(InvalidInput, match="id -200 is outside the vocabulary of 907"):
         published["medplib-tiny"].decode([5, -200])
