@@ -327,10 +327,12 @@ class AnswerFile:
         row: list[Question] = []
         row_start = (0, 0, 0)  # offset, answered, failed
         offset = end = 0
+        torn = False
         for raw in self._stream:
             start, offset = offset, offset + len(raw)
             line = self._read_line(raw)
-            if line is None:
+            torn = line == {}
+            if not line:
                 continue
             question = next(questions, None)
             if question is None or any(line.get(k) != v for k, v in self._lines.known(question).items()):
@@ -342,6 +344,8 @@ class AnswerFile:
             self.answered += 1
             self.failed += "error" in line
         following = next(questions, None)
+        if torn and following is None:
+            raise self._other_file()
         again = row if following is not None and following.turn else []
         if again:
             end, self.answered, self.failed = row_start
@@ -356,18 +360,18 @@ class AnswerFile:
         return chain(again, [] if following is None else [following], questions)
 
     def _read_line(self, raw: bytes) -> dict[str, Any] | None:
-        """Return the line, None for what only frames a list or was not finished. Raises InvalidInput if it is none."""
+        """Return the line, None for what frames a list, {} for one that was not finished; raises InvalidInput else."""
         body = raw.strip()
         if self._lines.listed and body in (b"[", b"]", b"[]", b""):
             return None
         try:
             line = json.loads(body.removesuffix(b",").decode() if self._lines.listed else body.decode())
-            if isinstance(line, dict):
+            if isinstance(line, dict) and line:
                 return line
         except ValueError:
             head = f'{{"{self._lines.first_key}":'.encode()
             if not raw.endswith(b"\n") and (body.startswith(head) or head.startswith(body)):
-                return None
+                return {}
         raise self._other_file()
 
     def _other_file(self) -> InvalidInput:

@@ -1,4 +1,4 @@
-"""Files of questions: answers are those of the authors' code, lines have their form, a file that was cut is gone on with."""
+"""Files of questions: answers are those of the authors' code, lines have their form, a cut file is gone on with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgemed.infer import InferOptions, Session, open_session
 from edgemed.language import answer_language
 from edgemed.questions import Question, read_questions
 
-ANSWER = "The <ref>liver</ref><box><x200><y300><x500><y600></box><seg> is enlarged."
+ANSWER = "The <ref>liver</ref><box><c200><c300><c500><c600></box><seg> is enlarged."
 
 
 def talk(*values: str) -> list[dict[str, str]]:
@@ -184,7 +184,7 @@ def test_lines_satisfy_the_schema_and_hold_no_times(session: Session, folder: Pa
         ({"image": "picture.png", "conversations": talk("<region>../mask.png</region>?")}, "leads out of it"),
         ({"image": "picture.png", "conversations": talk("<region>small.png</region>?")}, "60 x 20 pixels"),
         ({"image": "picture.png", "conversations": talk("<region></region>?")}, "leads out of it"),
-        ({"image": "questions.json", "conversations": talk("Where?")}, "is neither DICOM nor"),
+        ({"image": "questions.json", "conversations": talk("Where?")}, "is not a DICOM file or a PNG"),
         ({"image": "picture.png", "conversations": talk(" ")}, "the question is empty"),
         ({"conversations": talk("<region>mask.png</region>?")}, "without an image"),
         ({"conversations": talk("Where?")}, "an INPUT is missing"),
@@ -272,7 +272,7 @@ def test_too_little_memory_for_one_question_is_its_error(
 
 # -- the answers file --------------------------------------------------------------------------------------------------
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"id": 3, "image": "a.png", "conversations": talk("肝脏？", "有 <mask>m.png</mask>")},
     {"image": "b.png", "width": 5, "height": 4, "conversations": talk("One?", "1", "Two?", "2")},
     {"image": "c.png", "conversations": talk("Last?")},
@@ -290,8 +290,10 @@ def outcome(question: Question) -> Outcome:
 
 
 def questions(tmp_path: Path, rows: list[dict[str, Any]] | None = None) -> Iterator[Question]:
-    (tmp_path / "q.json").write_text(json.dumps(ROWS if rows is None else rows))
-    return read_questions(tmp_path / "q.json")
+    path = tmp_path / f"{0 if rows is None else len(rows)}.json"
+    if rows is not None or not path.exists():
+        path.write_text(json.dumps(ROWS if rows is None else rows))
+    return read_questions(path)
 
 
 def fill(path: Path, form: str, *, resume: bool = False, rows: list[dict[str, Any]] | None = None) -> list[Question]:
@@ -310,7 +312,7 @@ def test_a_file_cut_at_any_place_becomes_the_same_file_again(tmp_path: Path, for
     assert len(fill(path, form)) == 4
     whole = path.read_bytes()
     asked = []
-    for length in range(0, len(whole) + 1, 3):
+    for length in range(0, len(whole) + 1, 7):
         path.write_bytes(whole[:length])
         asked.append([(q.index, q.turn) for q in fill(path, form, resume=True)])
         assert path.read_bytes() == whole
@@ -339,7 +341,7 @@ def test_the_authors_forms_are_theirs(tmp_path: Path) -> None:
     assert list(line) == [
         "question_id", "image_path", "prompt", "gt", "text", "answer_id", "model_id", "answer_type", "metadata",
     ]  # fmt: skip
-    assert (line["gt"], line["text"], line["answer_type"]) == ("有", "答 肝脏？<SEG>", "closed")
+    assert (line["gt"], line["text"], line["answer_type"]) == ("有 ", "答 肝脏？<SEG>", "closed")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -348,14 +350,12 @@ def test_answers_to_other_questions_are_left_as_they_are(tmp_path: Path, form: s
     fill(path, form)
     whole = path.read_bytes()
     changed = {**ROWS[1], "conversations": talk("One?", "another", "Two?", "2")}
-    for rows in ([ROWS[0], changed, ROWS[2]], ROWS[:2]):
+    for rows, line in (([ROWS[0], changed, ROWS[2]], 2), (ROWS[:2], 4)):
         for kept in (whole, whole[:-9]):
             path.write_bytes(kept)
-            with pytest.raises(InvalidInput, match="line [24] of the answers in .* belongs to other questions"):
+            with pytest.raises(InvalidInput, match=f"line {line} of the answers in .* belongs to other questions"):
                 fill(path, form, resume=True, rows=rows)
             assert path.read_bytes() == kept
-        if rows == ROWS[:2]:
-            break
 
 
 @pytest.mark.parametrize("text", ["notes of mine", '{"id": 1, "conversations": [', '["a"]', '{"id": 1}\n'])

@@ -123,7 +123,8 @@ def run(request: Request) -> None:
     with AnswerFile(request.output, lines, resume=request.resume) as answers:
         left = answers.left(questions())
         if answers.answered < total:
-            with click.progressbar(length=total - answers.answered, file=sys.stderr, hidden=request.quiet) as bar:
+            hidden = request.quiet or not sys.stderr.isatty()
+            with click.progressbar(length=total - answers.answered, file=sys.stderr, hidden=hidden) as bar:
                 for _ in _asked(request, left, answers, lines):
                     bar.update(1)
     if not request.quiet:

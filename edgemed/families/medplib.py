@@ -305,7 +305,9 @@ class Medplib(SingleQuestions):
         notes = [] if written.ended else ["the answer was cut at the token limit"]
         named = sorted(structures_in(prompt.text))
         label = STRUCTURES[named[0]].en[0] if len(named) == 1 else "region"
-        mode: MaskMode = "corrected" if self._compat_of(prompt) == "corrected" else "reference"
+        # Stretching is what <SEG> was trained with; an outline has to lie where the region is.
+        exact = self._outlines(prompt) or self._compat_of(prompt) == "corrected"
+        mode: MaskMode = "corrected" if exact else "reference"
         regions = []
         for out in masks:
             for logits, iou in zip(out["mask_logits"], out["iou"], strict=True):

@@ -1,16 +1,18 @@
 """What two experts cost where a token needs one: time, bytes read and memory, as Markdown tables.
 
-    python tests/bench/bench_moe.py                     all three parts, ten minutes; 8 GB of memory, 4 GB of disk
+    python tests/bench/bench_moe.py                     all three parts, 20 minutes; 8 GB of memory, 4 GB of disk
     python tests/bench/bench_moe.py decoder             a decoder of 4 layers of width 2048 beside a dense one
     python tests/bench/bench_moe.py layer               one layer's MLP in every form a graph can give it
     python tests/bench/bench_moe.py tensorrt            the portable forms (opset 24) in TensorRT-RTX: parse, build
 
-Step: the least wall time and the median processor time of one call through the Runner, the graphs of a table in turn, so
-that what else runs on the machine meets all of them. On a busy machine use `--threads 1`, where processor time leaves
-out what others take (with more, waiting threads count too). Prefill: the least processor time of 256 tokens. Touched (Linux): the memory of the pages whose accessed bit a step set, by /proc/self/clear_refs before and
-smaps_rollup after it, in a process that holds this graph alone; what a call of no work touches is taken off. How far
-that can be trusted is measured first, on a buffer of known size. Memory: resident in that process after a step, less
-what it held before the graph was opened; private: what is no page of the weight file.
+Step: the least wall time and the median processor time of one call through the Runner, the graphs of a table in turn,
+so that what else runs on the machine meets all of them. On a busy machine use `--threads 1`, where processor time
+leaves out what others take (with more, threads that wait count too). Prefill: the least processor time of 256 tokens.
+
+Touched (Linux): the memory of the pages whose accessed bit a step set, by /proc/self/clear_refs before and smaps_rollup
+after it, in a process that holds this graph alone; what a call of no work touches is taken off. How far that can be
+trusted is measured first, on a buffer of known size. Memory: resident in that process after a step, less what it held
+before the graph was opened; private: what is no page of the weight file.
 
 Off: the largest difference from `edgemed.models.moe.TopOneExperts` with the same rounded weights, as a share of its
 largest output. Weights are random: speed does not depend on them, and such a router takes both experts equally often.

@@ -235,6 +235,47 @@ def test_settings_reach_the_family(session: FakeSession, picture: str, capsys: C
     assert main(["infer", picture, "--prompt", "?", "--set", "tiles"]) == 1
 
 
+def test_examples_are_read_once_and_reach_every_question(
+    session: FakeSession, picture: str, sample_scan: str, tmp_path: Path, capsys: Captured
+) -> None:
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.eye(40, 60, dtype=np.uint8)).save(mask)
+    examples = ["--example", f"{picture}={mask}"] * 2
+    assert main(["infer", sample_scan, picture, "--prompt", "A?", "--prompt", "B?", "--json", *examples]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["prompt"]["examples"] for line in lines] == [2] * 4
+    assert not any(str(mask) in line for line in lines)
+    asked = [prompt.examples for _, prompt, _ in session.asked]
+    assert all(a is b for examples in asked for a, b in zip(examples, asked[0], strict=True))
+    assert np.array_equal(asked[0][1].mask, np.eye(40, 60, dtype=bool))
+
+
+def test_examples_are_shown_in_the_window_of_the_input(
+    session: FakeSession, sample_scan: str, tmp_path: Path, capsys: Captured
+) -> None:
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.ones((512, 512), np.uint8)).save(mask)
+    arguments = [sample_scan, "--prompt", "?", "--window", "-600,1500", "--example", f"{sample_scan}={mask}"]
+    assert main(["infer", *arguments]) == 0
+    window = session.asked[0][1].examples[0].scan.window
+    assert window is not None
+    assert (window.center, window.width) == (-600, 1500)
+
+
+def test_a_bad_example_ends_the_command_before_any_question(
+    session: FakeSession, picture: str, tmp_path: Path, capsys: Captured
+) -> None:
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "small.png")
+    for text, code in (
+        (picture, 1),
+        (f"{picture}={tmp_path / 'missing.png'}", 20),
+        (f"{tmp_path / 'missing.png'}={picture}", 20),
+        (f"{picture}={tmp_path / 'small.png'}", 22),
+    ):
+        assert main(["infer", picture, picture, "--prompt", "?", "--example", text]) == code
+    assert session.asked == []
+
+
 def test_panels_and_router_are_written(session: FakeSession, picture: str, tmp_path: Path, capsys: Captured) -> None:
     router = tmp_path / "router.json"
     arguments = ["infer", picture, "--prompt", "?", "--panels", "-o", str(tmp_path / "out"), "--router", str(router)]

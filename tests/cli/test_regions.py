@@ -1,4 +1,4 @@
-"""The text of --region: forms, limits, masks from pictures."""
+"""The texts of --region and --example: forms, limits, masks from pictures."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgemed.cli.regions import read_region
+from edgemed.cli.regions import read_example, read_region
 from edgemed.core import Scan, Window
 from edgemed.dicom import read_scan
-from edgemed.errors import EdgemedError, InvalidInput
+from edgemed.errors import CannotRead, EdgemedError, InvalidInput
 
 
 @pytest.fixture
@@ -56,3 +56,31 @@ def test_a_mask_of_another_size_or_without_a_pixel_is_refused(scan: Scan, tmp_pa
         read_region(f"mask:{tmp_path / 'small.png'}", scan, read_scan)
     with pytest.raises(InvalidInput, match="black"):
         read_region(f"mask:{tmp_path / 'black.png'}", scan, read_scan)
+
+
+def test_an_example_is_an_image_and_where_its_mask_is_not_black(tmp_path: Path) -> None:
+    image, mask = tmp_path / "a=b.png", tmp_path / "mask.png"
+    Image.fromarray(np.full((30, 20, 3), 90, np.uint8)).save(image)
+    pixels = np.zeros((30, 20), np.uint8)
+    pixels[3:9, 4:8] = 1
+    Image.fromarray(pixels).save(mask)
+    example = read_example(f"{image}={mask}", read_scan, read_scan)
+    assert (example.scan.rows, example.scan.columns, example.frame) == (30, 20, 0)
+    assert np.array_equal(example.mask, pixels == 1)
+
+
+def test_an_example_that_does_not_hold_is_told(tmp_path: Path) -> None:
+    image, black, small = (tmp_path / name for name in ("image.png", "black.png", "small.png"))
+    Image.fromarray(np.zeros((30, 20), np.uint8)).save(image)
+    Image.fromarray(np.zeros((30, 20), np.uint8)).save(black)
+    Image.fromarray(np.ones((30, 19), np.uint8)).save(small)
+    for text in ("", str(image), f"{image}=", f"={small}"):
+        with pytest.raises(EdgemedError, match=r"another form than IMAGE=MASK\.png") as caught:
+            read_example(text, read_scan, read_scan)
+        assert caught.value.exit_code == 1
+    with pytest.raises(InvalidInput, match="black"):
+        read_example(f"{image}={black}", read_scan, read_scan)
+    with pytest.raises(InvalidInput, match="19 x 30"):
+        read_example(f"{image}={small}", read_scan, read_scan)
+    with pytest.raises(CannotRead, match=r"missing\.png does not exist"):
+        read_example(f"{image}={tmp_path / 'missing.png'}", read_scan, read_scan)

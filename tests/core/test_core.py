@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemed.core import Prompt, PromptRegion, Region, Scan, Window
+from edgemed.core import Example, Prompt, PromptRegion, Region, Scan, Window
 from edgemed.errors import InvalidInput
 
 GREY = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -81,6 +81,16 @@ def test_a_prompt_region_is_one_of_its_kind() -> None:
         PromptRegion("point", point=(1, 2), box=(0, 0, 1, 1))
     with pytest.raises(InvalidInput, match="is empty"):
         PromptRegion("box", box=(3, 0, 3, 1))
+
+
+def test_the_mask_of_an_example_lies_on_its_image() -> None:
+    scan = Scan(GREY.copy(), "CT", Window(12, 24))
+    assert Example(scan, np.eye(3, 4, dtype=bool), 1).frame == 1
+    for mask in (np.ones((4, 3), bool), np.ones((3, 4)), np.ones((2, 3, 4), bool)):
+        with pytest.raises(InvalidInput, match=r"bool \[3, 4\] as its image was expected"):
+            Example(scan, mask)
+    with pytest.raises(InvalidInput, match="mask of an example is empty"):
+        Example(scan, np.zeros((3, 4), bool))
 
 
 def test_a_prompt_has_words() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from edgemed.backends import Outputs, Runner, open_runner
@@ -82,14 +82,12 @@ def traced_once() -> Iterator[None]:
     """Traces each module once: a trace knows shapes only, which the compact and the full reference share."""
     from edgemed.export import traced_graph
 
-    made: dict[str, onnx.ModelProto] = {}
+    made: dict[str, Any] = {}
 
-    def traced(module: Any, spec: GraphSpec) -> onnx.ModelProto:
+    def traced(module: Any, spec: GraphSpec) -> Any:
         if repr(spec) not in made:
             made[repr(spec)] = trace(module, spec)
-        copy = onnx.ModelProto()
-        copy.CopyFrom(made[repr(spec)])
-        return copy
+        return deepcopy(made[repr(spec)])  # the weights are written into it
 
     trace = traced_graph.traced
     with pytest.MonkeyPatch.context() as patch:

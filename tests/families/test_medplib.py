@@ -315,6 +315,12 @@ def test_a_native_prompt_lies_where_the_region_is_on_sams_square(model: Model, k
         assert (columns.mean(), rows.mean()) == pytest.approx((50 * 64 / 300, 16 + 70 * 64 / 300), abs=0.6)
 
 
+def test_an_outline_lies_where_the_region_is_whatever_the_mode(model: Model) -> None:
+    prompt = Prompt("x", (BOX,), settings={"task": "outline"})
+    (region,) = model.read(model.wide, blob(), prompt).regions
+    np.testing.assert_array_equal(region.mask, to_mask(postprocess(blob()[0, 0], 150, 300, mode="corrected")))
+
+
 def test_each_region_gets_its_own_outline(model: Model) -> None:
     regions = (POINT, BOX, free_form(model.square))
     together = outlined(model, model.square, *regions)

@@ -66,7 +66,7 @@ class Drawn:
     """A mask with what it was drawn from: the state of its `<SEG>`, mask_decoder's outputs, logits in scan pixels."""
 
     hidden: Array
-    out: Outputs
+    out: Feeds
     logits: Array
     mask: Array
 
@@ -99,13 +99,15 @@ class Compared:
         self.session: Session = tiny.open_session()
         self.recorder = Recorder(self.session.family)
         self.session.family = cast("Family", self.recorder)
-        view = tiny.bundle.manifest.settings["view"]
-        self.view = MedplibView(**{k: tuple(v) if isinstance(v, list) else v for k, v in view.items()})
+        stored: dict[str, Any] = tiny.bundle.manifest.settings["view"]
+        view: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        self.view = MedplibView(**view)
         self.vocabulary: int = tiny.bundle.spec("decoder").outputs[0].shape[-1]
         self.end = int(tiny.arrays.prompts["ids"]["</s>"])
         self.seg = int(tiny.arrays.prompts["ids"]["<SEG>"])
         self.vision = cache(self._vision)
         self.asked = cache(self._asked)
+        self.prompt = cache(self._prompt)
         self.decoded = cache(self._decoded)
         self.drawn = cache(self._drawn)
         self.native = cache(self._native)
@@ -205,7 +207,7 @@ class Compared:
         ids = list(self.asked(case)[0].generated_ids)
         return ids if len(ids) == 24 else [*ids, self.end]
 
-    def prompt(self, case: str) -> tuple[list[int], Array]:
+    def _prompt(self, case: str) -> tuple[list[int], Array]:
         """Return the stored ids with the placeholders replaced by row ids, and the rows."""
         prompt = self.tiny.arrays.prompts[case]
         image = prompt["image"]
@@ -236,10 +238,11 @@ class Compared:
         return self.decoded(case)[output][0, -self.tiny.arrays.expected(f"gen_{case}").size :]
 
     def prompt_part(self, case: str, output: str) -> Array:
-        return self.decoded(case)[output][:, : 1 - self.tiny.arrays.expected(f"gen_{case}").size or None]
+        return self.decoded(case)[output][:, : len(self.prompt(case)[0])]
 
     def router(self, case: str) -> Array:
-        return self.prompt_part(case, "router")[0].transpose(1, 0, 2)  # [layers, tokens, experts]
+        """Router probabilities, [layers, tokens, experts]."""
+        return np.asarray(self.prompt_part(case, "router")[0].transpose(1, 0, 2))
 
     def first_and_last_logits(self, case: str) -> Array:
         logits = self.prompt_part(case, "logits")
@@ -270,7 +273,7 @@ class Compared:
         if case.endswith("_v1") and case == name:
             step = self.tiny.arrays.expected(f"gen_{case}")[0].tolist().index(self.seg)
             hidden = self.answer_part(case, "hidden")[step : step + 1]
-            out = self.run_masks(image, seg_hidden=hidden, has_seg=np.ones(1, np.float32))
+            out: Feeds = self.run_masks(image, seg_hidden=hidden, has_seg=np.ones(1, np.float32))
             logits = postprocess(out["mask_logits"][0, 0], rows, columns)
             return Drawn(hidden, out, logits, to_mask(logits))
         answer, (fed,), (out,) = self.asked(name)
@@ -288,7 +291,7 @@ class Compared:
 
     def run_masks(self, image: str, **given: Array) -> Outputs:
         """Return the outputs of mask_decoder for one prompt; what is not given is absent."""
-        feeds = {"mask_features": self.vision(image)["mask_features"]}
+        feeds: dict[str, Array] = {"mask_features": self.vision(image)["mask_features"]}
         for tensor in self.tiny.bundle.spec("mask_decoder").inputs[1:]:
             feeds[tensor.name] = np.zeros([d if isinstance(d, int) else 1 for d in tensor.shape], tensor.dtype)
         feeds["point_labels"] -= 1

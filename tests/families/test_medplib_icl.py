@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgemed.backends import open_runner
+from edgemed.backends import Outputs, open_runner
 from edgemed.checkpoints import open_checkpoint
 from edgemed.core import Example, Prompt, PromptRegion, Scan
 from edgemed.errors import InvalidInput
@@ -78,7 +78,7 @@ class Model:
     def asked(self, prompt: Prompt, scan: Scan) -> tuple[Recorder, Any]:
         """Return what the decoder started from, and the answer."""
         recorder = Recorder(self.family, self.text.seg_id, self.width)
-        self.session.family = recorder  # type: ignore[assignment]
+        self.session.family = cast("Family", recorder)
         try:
             return recorder, self.session.ask(scan, prompt, ONE)
         finally:
@@ -231,13 +231,18 @@ def test_only_the_query_image_goes_to_the_mask_decoder(parts: Model, icl: str) -
 
 def test_examples_are_encoded_once_for_several_queries(plain: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = plain.session._runners["vision_encoder"].result()
-    runs = []
+    pictures: list[Array] = []
     real = runner.run
-    monkeypatch.setattr(runner, "run", lambda feeds: runs.append(1) or real(feeds))
+
+    def run(feeds: Feeds) -> Outputs:
+        pictures.append(feeds["clip_image"])
+        return real(feeds)
+
+    monkeypatch.setattr(runner, "run", run)
     three = (example(3), example(4), example(5))
     for seed in (10, 11):
         plain.asked(Prompt("Outline it.", examples=three), scan(seed))
-    assert len(runs) == 4 + 1
+    assert len(pictures) == 4 + 1
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ def test_the_projectors_graph_gives_what_its_module_gives(parts: Model, tmp_path
     published = describe(open_checkpoint(parts.folder))
     spec = published.specs["projector"]
     rng = np.random.default_rng(17)
-    feeds = {
+    feeds: dict[str, Array] = {
         "image_features": rng.standard_normal((1, PATCHES, 64), np.float32),
         "region_weights": rng.random((2, PATCHES), np.float32) / PATCHES,
         "mask_image": (rng.random((1, 1, 336, 336)) > 0.6).astype(np.float32),

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from edgemed.errors import BundleError, InvalidInput
-from edgemed.families.medplib_text import IMAGE_ID, REGION_ID, Compat, MedplibText, with_regions
+from edgemed.families.medplib_text import (
+    IMAGE_ID,
+    REGION_ID,
+    Compat,
+    Icl,
+    MedplibText,
+    example_lines,
+    with_regions,
+)
 from edgemed.families.published_tokenizer import convert
 from edgemed.families.published_tokens import PublishedTokens
 
@@ -141,3 +149,26 @@ def test_modes_differ_in_the_vectors_they_take(text: MedplibText) -> None:
 def test_tokenizer_of_another_family_is_refused(reference: Any) -> None:
     with pytest.raises(BundleError, match="lacks <SEG>"):
         MedplibText(PublishedTokens(convert(reference("medrega-tiny").folder, "4.37")))
+
+
+@pytest.mark.parametrize(("mode", "images"), [("overlay", 3), ("separate", 5)])
+@pytest.mark.parametrize("compat", ["reference", "release-cli"])
+def test_examples_come_between_the_system_message_and_the_image(
+    text: MedplibText, mode: Icl, images: int, compat: Compat
+) -> None:
+    bare = text.encode_prompt("Outline the same.", compat=compat)
+    ids = text.encode_prompt("Outline the same.", before=example_lines(2, mode), compat=compat)
+    start, end = text.tokens.id_of("<im_start>"), text.tokens.id_of("<im_end>")
+    after = bare.index(end)
+    assert ids[-len(bare[after:]) :] == bare[after:]
+    at = [i for i, index in enumerate(ids) if index == IMAGE_ID]
+    assert len(at) == images
+    assert all((ids[i - 1], ids[i + 1]) == (start, end) for i in at)
+
+
+def test_lines_of_examples_are_the_authors() -> None:
+    image = "<im_start><image><im_end>\n"
+    assert example_lines(0, "overlay") == example_lines(0, "separate") == ""
+    told = "The blue overlay is the reference segmentation mask.\n"
+    assert example_lines(2, "overlay") == f"Example 1: {image}{told}Example 2: {image}{told}Query: "
+    assert example_lines(1, "separate") == f"Example 1 image: {image}Example 1 mask: {image}Query: "

@@ -16,6 +16,8 @@ from edgemed.families import medplib_view
 from edgemed.families.medplib_view import (
     MedplibView,
     Placed,
+    mask_picture,
+    overlaid,
     placed,
     postprocess,
     region_mask,
@@ -222,6 +224,40 @@ def test_preprocessor_configuration_gives_the_view_and_names_what_is_missing(ref
     assert view_of(published) == (VIEW, ["image_std"])
     with pytest.raises(InvalidInput, match=r"preprocessor_config\.json"):
         view_of({"image_mean": [1.0]})
+
+
+def test_the_mask_of_an_example_is_drawn_into_its_image_in_the_published_colour() -> None:
+    shown = np.random.default_rng(1).integers(0, 256, (40, 30, 3), np.uint8)
+    mask = np.zeros((40, 30), bool)
+    mask[5:20, 3:9] = True
+    expected = shown.astype(np.float64)
+    expected[mask] = expected[mask] * 0.45 + np.array([118, 158, 224]) * 0.55
+    drawn = overlaid(shown, mask)
+    assert drawn.dtype == np.uint8
+    assert np.abs(drawn - np.floor(expected + 1e-4)).max() == 0  # a whole number may come out just below in float32
+    assert np.array_equal(drawn[~mask], shown[~mask])
+
+
+def test_a_mask_as_a_picture_is_white_on_black() -> None:
+    mask = np.eye(3, 5, dtype=bool)
+    picture = mask_picture(mask)
+    assert (picture.dtype, picture.shape) == (np.uint8, (3, 5, 3))
+    assert np.array_equal(picture, np.where(mask[..., None], 255, 0).repeat(3, axis=2))
+    assert VIEW.clip_image(picture).shape == (1, 3, 336, 336)
+
+
+def test_mask_encoders_input_holds_every_pixel_that_the_mask_touches() -> None:
+    mask = np.zeros((168, 84), bool)
+    mask[40:60, 20:40] = True
+    square = VIEW.mask_image(mask)
+    assert (square.dtype, square.shape) == (np.float32, (1, 1, 336, 336))
+    assert set(np.unique(square)) == {0.0, 1.0}
+    ys, xs = np.nonzero(square[0, 0])
+    # Twice as large, 84 to the right, and one more pixel to each side than its area, where it has a quarter.
+    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (79, 120, 84 + 39, 84 + 80)
+    assert square.sum() > VIEW.region_square(mask).sum() > 0
+    with pytest.raises(InvalidInput, match="rows, columns"):
+        VIEW.mask_image(np.ones((2, 3, 4), bool))
 
 
 def test_other_sizes_work() -> None:

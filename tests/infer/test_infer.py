@@ -12,7 +12,7 @@ from edgemed import __version__
 from edgemed import infer as module
 from edgemed.backends import Outputs, Runner
 from edgemed.bundle import Bundle
-from edgemed.core import Prompt, PromptRegion, Scan, Window
+from edgemed.core import Example, Prompt, PromptRegion, Scan, Window
 from edgemed.errors import BackendUnavailable, BundleError, InvalidInput
 from edgemed.geometry import box_of
 from edgemed.graphs import Feeds, GraphSpec
@@ -119,6 +119,13 @@ def test_features_of_four_images_are_kept(calls: list[str], session: Session) ->
     assert "vision_encoder" not in calls
     session.ask(scan(10), Prompt("x"))
     assert calls.count("vision_encoder") == 1
+
+
+def test_examples_are_refused_by_a_family_that_takes_none(calls: list[str], session: Session) -> None:
+    example = Example(scan(20), np.ones((200, 400), bool))
+    with pytest.raises(InvalidInput, match="the family native takes no examples"):
+        session.ask(scan(), Prompt("Where is the liver?", examples=(example,)))
+    assert calls == []
 
 
 def test_another_window_is_another_image(calls: list[str], session: Session) -> None:

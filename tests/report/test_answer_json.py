@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from edgemed.core import Answer, Prompt, PromptRegion, Region, Scan
+from edgemed.core import Answer, Example, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import InvalidInput
 from edgemed.report import from_rle, read_schema, to_json
 
@@ -107,6 +107,14 @@ def test_score_that_is_not_a_number_is_null(answer: Answer, make_scan: MakeScan,
     written = to_json(odd, make_scan(), english_prompt, path="x")
     check(written)
     assert written["regions"][0]["score"] is None
+
+
+def test_of_examples_only_their_number_is_told(answer: Answer, make_scan: MakeScan, english_prompt: Prompt) -> None:
+    examples = (Example(make_scan(), np.ones((96, 128), bool)),) * 2
+    written = to_json(answer, make_scan(), replace(english_prompt, examples=examples), path="x")
+    check(written)
+    assert written["prompt"]["examples"] == 2
+    assert "examples" not in to_json(answer, make_scan(), english_prompt, path="x")["prompt"]
 
 
 def test_mask_of_another_size_is_refused(answer: Answer, make_scan: MakeScan, english_prompt: Prompt) -> None:
