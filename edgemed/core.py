@@ -184,13 +184,17 @@ class Example:
             raise InvalidInput("the mask of an example is empty; at least one pixel of its image was expected")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turn:
-    """An earlier question of a conversation as it was asked, and its answer as shown and with tags as written."""
+    """An earlier question of a conversation as it was asked, and its answer as shown and with tags as written.
+
+    regions: those that the question was about.
+    """
 
     question: str
     text: str
     tagged_text: str
+    regions: tuple[PromptRegion, ...] = ()
 
 
 @dataclass(frozen=True)

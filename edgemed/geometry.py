@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemed.core import Box, Mask, Point
+from edgemed.core import Box, Mask, Point, PromptRegion
 from edgemed.errors import InvalidInput
 
 BINS = 1000
@@ -178,6 +178,35 @@ def box_of(mask: Mask) -> Box | None:
     if ys.size == 0:
         return None
     return (float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1))
+
+
+def region_box(region: PromptRegion) -> Box:
+    """Return the box around a region in scan pixels; of a point, the point itself without extent.
+
+    Raises InvalidInput if a mask is empty.
+    """
+    if region.box is not None:
+        return region.box
+    if region.point is not None:
+        return (*region.point, *region.point)
+    assert region.mask is not None
+    box = box_of(region.mask)
+    if box is None:
+        raise InvalidInput("the mask region is empty; it must have at least one pixel inside")
+    return box
+
+
+def check_region(region: PromptRegion, rows: int, columns: int) -> None:
+    """Raise InvalidInput unless the region lies in a scan of this size (of a box: a part of it) and is not empty."""
+    x0, y0, x1, y1 = region_box(region)
+    if region.mask is not None and region.mask.shape != (rows, columns):
+        raise InvalidInput(
+            f"the mask region is {list(region.mask.shape)}, [{rows}, {columns}] as the scan was expected"
+        )
+    if not (x0 < columns and y0 < rows and x1 >= 0 and y1 >= 0) or (region.box is not None and (x1 <= 0 or y1 <= 0)):
+        raise InvalidInput(
+            f"the {region.kind} region lies outside the scan, which has {columns} columns and {rows} rows"
+        )
 
 
 def box_iou(a: Box, b: Box) -> float:

@@ -231,12 +231,18 @@ def test_examples_are_shown_unless_they_are_left_out(session: Session, folder: P
 def test_a_picture_is_read_once_for_questions_in_a_row(
     session: Session, folder: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(Reader, "read", lambda self, path, _of=Reader.read: read.append(path) or _of(self, path))
+    paths: list[str] = []
+    read = Reader.read
+
+    def noted(self: Reader, path: str) -> Scan:
+        paths.append(path)
+        return read(self, path)
+
+    monkeypatch.setattr(Reader, "read", noted)
     row = {"image": "picture.png", "conversations": talk("Where?")}
     other = {"image": "mask.png", "conversations": talk("Where?")}
     lines(asker(session, folder, reader), folder, row, row, other, row)
-    assert [Path(path).name for path in read] == ["picture.png", "mask.png", "picture.png"]
+    assert [Path(path).name for path in paths] == ["picture.png", "mask.png", "picture.png"]
 
 
 def test_a_setting_that_the_family_lacks_is_refused_before_anything_is_asked(

@@ -26,7 +26,16 @@ def command(*arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("infer", "--help"), ("train", "--help"), ("export", "--help"), ("models", "--help")],
+    [
+        ("--help",),
+        ("--version",),
+        ("infer", "--help"),
+        ("train", "--help"),
+        ("export", "--help"),
+        ("models", "--help"),
+        ("index", "--help"),
+        ("batch", "--help"),
+    ],
     ids=" ".join,
 )
 def test_help_loads_no_library_but_click(arguments: tuple[str, ...]) -> None:

@@ -141,6 +141,8 @@ def run(request: Request) -> None:
                 similar = nearest(session, scans, paths)
                 for prompt in prompts:
                     prompt = replace(prompt, history=history, examples=(*prompt.examples, *similar))
+                    if history:  # the regions belong to the turn that they were first asked about in
+                        prompt = replace(prompt, regions=())
                     answer = _ask(session, scans, prompt, request, started, read_ms)
                     outputs.write(answer, scans, prompt, paths, notice=session.notice(prompt.language))
                     started, read_ms = time.perf_counter(), 0.0  # a second question does not read the scan again
@@ -158,7 +160,7 @@ def run(request: Request) -> None:
 def _turn(prompt: Prompt, answer: Answer) -> Turn:
     from edgemed.core import Turn
 
-    return Turn(prompt.text, answer.text, answer.tagged_text)
+    return Turn(prompt.text, answer.text, answer.tagged_text, prompt.regions)
 
 
 def _open_in_background(request: Request) -> Future[Session]:

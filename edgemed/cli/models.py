@@ -52,7 +52,7 @@ def list_them(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object.")
 @debug_option
 def show(bundle: str, as_json: bool) -> None:
-    """Show what a bundle says of itself: family, graphs, precisions, versions, licences, settings and its model card."""
+    """Show what a bundle says of itself: family, graphs, precisions, versions, licences, settings, model card."""
     from edgemed.bundle import find_bundle, read_manifest, to_bytes
     from edgemed.families import settings_of
 

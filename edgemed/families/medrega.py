@@ -36,9 +36,8 @@ from edgemed.families.medrega_text import (
     plain,
 )
 from edgemed.families.medrega_view import MedRegaView, box_to_numbers, numbers_to_box
-from edgemed.families.native_regions import check_region
 from edgemed.families.published_tokens import TOKENIZER, PublishedTokens
-from edgemed.geometry import box_of
+from edgemed.geometry import box_of, check_region
 from edgemed.graphs import Feeds, GraphSpec
 
 COMPAT = ("reference", "corrected")
@@ -52,6 +51,7 @@ NOTICE: Mapping[Language, str] = {
 _MAY_BE_TYPED = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _REGION = "<region>"
 _ROLES = ("vision_encoder", "projector", "decoder")
+_TASK_SETTINGS = {"task", "prompts", "dataset", "labels"}
 SETTINGS: Mapping[str, str] = {
     "compat": "reference (default): text as the published code shows it; corrected: without the numbers of boxes",
     "task": f"auto (default), none, or whose base prompt goes with the question: {', '.join(get_args(Task))}",
@@ -162,12 +162,17 @@ class MedRega:
         """Return the prompt's ids over the images' rows. There is no grammar yet: the model writes what it likes."""
         asked: _Asked = prepared.state
         history = [
-            (self._typed(turn.question), self._answered(turn.text, turn.tagged_text, prompt)) for turn in prompt.history
+            (
+                self._with_regions(self._typed(turn.question), turn.regions, prompt.language, asked),
+                self._answered(turn.text, turn.tagged_text, prompt),
+            )
+            for turn in prompt.history
         ]
         question = self._turn(prompt, asked, bool(history))
         if asked.tiles and IMAGE not in question and not any(IMAGE in user for user, _ in history):
             # The images, and what says the task, belong to the turn that they were first asked about in.
-            first = replace(prompt, text=prompt.history[0].question, regions=(), history=())
+            turn = prompt.history[0]
+            first = replace(prompt, text=turn.question, regions=turn.regions, history=())
             history[0] = (self._turn(first, asked, False), history[0][1])
         ids = self._text.encode_prompt(question, tiles=asked.tiles, history=history)
         rows = projected.get("image_tokens", self._no_rows)
@@ -194,13 +199,15 @@ class MedRega:
         """Return the user's turn: regions put in, base prompt and images in their places.
 
         later: there are earlier turns, which the images go with. A turn that says itself where its images go is left
-        as it is.
+        as it is, unless the prompt's settings say the task.
         """
         images = len(asked.tiles)
-        question = self._with_regions(self._typed(prompt.text), prompt, asked)
-        if IMAGE in question:
-            return question
+        question = self._with_regions(self._typed(prompt.text), prompt.regions, prompt.language, asked)
         base = self._base_prompt(prompt, images)[0]
+        if IMAGE in question:
+            if not base or not prompt.settings.keys() & _TASK_SETTINGS:
+                return question
+            question = question.replace(IMAGE, "").strip()
         which = cast("Order", chosen(prompt, "order", get_args(Order), "demo"))
         if later or not images:
             return f"{base} {question}" if base else question
@@ -238,10 +245,11 @@ class MedRega:
         multi = prompt.settings.get("task") == "classification_multi"
         return label_lists().get(wanted) or read_labels(wanted, multi=multi)
 
-    def _with_regions(self, question: str, prompt: Prompt, asked: _Asked) -> str:
+    def _with_regions(self, question: str, regions: Sequence[PromptRegion], language: Language, asked: _Asked) -> str:
         """Return the question with the regions' boxes as text, at each `<region>`, the rest at the end."""
-        named = "该区域" if prompt.language == "zh" else "this"
-        for region in prompt.regions:
+        named = "该区域" if language == "zh" else "this"
+        question = question.replace(f"{_REGION}</region>", _REGION)
+        for region in regions:
             text = place_text(named, [box_to_numbers(_box(region), *asked.frame, padded=self._view.pad_to_square)])
             question = question.replace(_REGION, text, 1) if _REGION in question else f"{question} {text}"
         return question

@@ -32,7 +32,6 @@ from edgemed.families import (
 from edgemed.families.native_lexicon import STRUCTURES, structure_of, structures_in
 from edgemed.families.native_masks import prompt_of_answer, prompt_of_region, stacked
 from edgemed.families.native_regions import (
-    check_region,
     is_seen,
     region_bins,
     region_map,
@@ -40,7 +39,7 @@ from edgemed.families.native_regions import (
 )
 from edgemed.families.native_text import NativeText, Place, parse, plain
 from edgemed.families.native_view import SIDE, model_image, model_view
-from edgemed.geometry import View, bins_to_box, box_of, box_to_bins, fit
+from edgemed.geometry import View, bins_to_box, box_of, box_to_bins, check_region, fit
 from edgemed.graphs import Feeds, GraphSpec
 from edgemed.language import folded_text, request_in
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemed.core import Box, Point, PromptRegion
-from edgemed.families.native_regions import GRID, region_box
+from edgemed.families.native_regions import GRID
 from edgemed.families.native_view import SIDE
-from edgemed.geometry import View
+from edgemed.geometry import View, region_box
 from edgemed.graphs import Feeds
 
 Vector = npt.NDArray[np.float32]

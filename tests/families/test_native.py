@@ -474,7 +474,7 @@ def test_bundle_of_another_family_or_with_other_graphs_is_refused(bundle: Bundle
         }
         return write_bundle(tmp_path / name, **{**parts, **changes})
 
-    with pytest.raises(BundleError, match="'other'; this version knows native"):
+    with pytest.raises(BundleError, match="'other'; this version knows .*native"):
         open_family(rewritten("a", family="other"))
     fewer = {role: spec for role, spec in bundle.manifest.graphs.items() if role != "mask_decoder"}
     with pytest.raises(BundleError, match="has no mask_decoder"):

@@ -10,7 +10,6 @@ from edgemed.errors import InvalidInput
 from edgemed.families.native_regions import (
     GRID,
     box_map,
-    check_region,
     is_seen,
     mask_map,
     point_map,
@@ -18,7 +17,7 @@ from edgemed.families.native_regions import (
     region_map,
     uniform_map,
 )
-from edgemed.geometry import View, fit
+from edgemed.geometry import View, check_region, fit
 
 VIEW = fit(512, 512, 256)  # one cell of the map is 8 scan pixels
 
