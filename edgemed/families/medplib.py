@@ -19,14 +19,13 @@ from PIL import Image
 
 from edgemed.box_grammar import FreeGrammar
 from edgemed.bundle import Bundle
-from edgemed.core import Example, Language, Prompt, PromptRegion, Region, Scan
+from edgemed.core import Example, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families import (
     EXAMPLE,
     Prepared,
     Question,
     Reading,
-    SingleQuestions,
     Written,
     check_settings,
     chosen,
@@ -47,14 +46,9 @@ from edgemed.families.medplib_view import (
     to_mask,
 )
 from edgemed.families.native_lexicon import STRUCTURES, structures_in
-from edgemed.families.published_tokens import TOKENIZER, PublishedTokens
+from edgemed.families.published_family import PublishedFamily, setting
 from edgemed.geometry import box_of
-from edgemed.graphs import Feeds, GraphSpec
-
-NOTICE: Mapping[Language, str] = {
-    "en": "Research model, not a medical device: not for diagnosis.",
-    "zh": "研究模型，非医疗器械，不得用于诊断。",
-}
+from edgemed.graphs import Feeds
 
 _ROLES = ("vision_encoder", "projector", "decoder", "mask_decoder")
 _MAY_BE_TYPED = ("<region>", "</region>")
@@ -67,43 +61,21 @@ SETTINGS: Mapping[str, str] = {
 }
 
 
-class Medplib(SingleQuestions):
+class Medplib(PublishedFamily):
     """The medplib family over one bundle; see `families.Family`."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._graphs = {role: bundle.spec(role) for role in _ROLES}
-        settings = bundle.manifest.settings
+        super().__init__(bundle, _ROLES, SETTINGS)
+        self._compat: str = setting(bundle, "compat", str)
+        stored = setting(bundle, "view", dict)
+        view: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         try:
-            view: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["view"].items()}
             self._view = MedplibView(**view)
-            self._compat = str(settings["compat"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(
-                f"bundle {bundle.manifest.name} lacks a setting of the family medplib: {error}"
-            ) from error
-        self._text = MedplibText(PublishedTokens.open(bundle.file(TOKENIZER)))
-        logits = next(t for t in self._graphs["decoder"].outputs if t.name == "logits")
-        self._vocabulary = logits.shape[-1]
-        self._tokens = {t.name: cast("int", t.shape[0]) for t in self._graphs["projector"].outputs}
-        self._no_rows = np.zeros((1, cast("int", self._graphs["decoder"].inputs[1].shape[-1])), np.float32)
-        if not isinstance(self._vocabulary, int) or self._text.tokens.vocabulary > self._vocabulary:
-            raise BundleError(
-                f"the decoder has {self._vocabulary} logits, the tokenizer {self._text.tokens.vocabulary} tokens"
-            )
+        except TypeError as error:
+            raise BundleError(f"bundle {bundle.manifest.name}: its setting 'view' is of another version") from error
+        self._text = MedplibText(self._tokens)
+        self._rows = {t.name: cast("int", t.shape[0]) for t in self._graphs["projector"].outputs}
         self._grammar = FreeGrammar(self._vocabulary)
-        self._notice: Mapping[Language, str] = {**NOTICE, **settings.get("notice", {})}
-
-    def graphs(self) -> Mapping[str, GraphSpec]:
-        """Return the GraphSpec of each of the four graphs, by role."""
-        return self._graphs
-
-    def notice(self, language: Language) -> str:
-        """Return the sentence that goes with every answer."""
-        return self._notice[language]
-
-    def settings(self) -> Mapping[str, str]:
-        """Return the settings of a prompt, each with what it may be."""
-        return SETTINGS
 
     def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
         """Return the feeds of vision_encoder and projector; nothing where there is no image. State: rows and columns.
@@ -166,8 +138,8 @@ class Medplib(SingleQuestions):
             raise InvalidInput(f"the prompt has {count} examples; 1 to {MAX_EXAMPLES} were expected")
         if prompt.regions:
             raise InvalidInput("the prompt has examples and regions; only one of the two was expected")
-        image = self._tokens["image_tokens"]
-        of_mask = 0 if mode == "overlay" else self._tokens.get("mask_tokens", image)
+        image = self._rows["image_tokens"]
+        of_mask = 0 if mode == "overlay" else self._rows.get("mask_tokens", image)
         written = sum(index != IMAGE_ID for index in self._written(prompt, image=True))
         total, room = written + image + count * (image + of_mask), self._graphs["decoder"].dims["cache"].max
         if total >= room:
@@ -178,7 +150,7 @@ class Medplib(SingleQuestions):
 
     @property
     def _encodes_masks(self) -> bool:
-        return "mask_tokens" in self._tokens
+        return "mask_tokens" in self._rows
 
     def _icl(self, prompt: Prompt) -> Icl:
         return cast("Icl", chosen(prompt, "icl", get_args(Icl), "overlay"))
@@ -195,7 +167,6 @@ class Medplib(SingleQuestions):
             return Question([], {}, self._grammar, self._text.stop_id)
         images = self._image_rows(prompt, projected) if prepared.vision else []
         sizes = [len(rows) for rows in images]
-        assert isinstance(self._vocabulary, int)
         ids: list[int] = []
         row = self._vocabulary
         for index in self._written(prompt, image=bool(images)):
@@ -218,7 +189,7 @@ class Medplib(SingleQuestions):
             question, regions=len(prompt.regions), image=image, before=before, compat=self._compat_of(prompt)
         )
         if not prompt.examples:
-            self._text.positions(written, self._tokens["image_tokens"])
+            self._text.positions(written, self._rows["image_tokens"])
         return written
 
     def _image_rows(self, prompt: Prompt, projected: Feeds) -> list[npt.NDArray[Any]]:

@@ -36,17 +36,12 @@ from edgemed.families.medrega_text import (
     plain,
 )
 from edgemed.families.medrega_view import MedRegaView, box_to_numbers, numbers_to_box
-from edgemed.families.published_tokens import TOKENIZER, PublishedTokens
+from edgemed.families.published_family import PublishedFamily, setting
 from edgemed.geometry import box_of, check_region
-from edgemed.graphs import Feeds, GraphSpec
+from edgemed.graphs import Feeds
 
 COMPAT = ("reference", "corrected")
 """What the shown text is: as the published code shows it (tags gone, numbers left), or without numbers."""
-
-NOTICE: Mapping[Language, str] = {
-    "en": "Research model, not a medical device: not for diagnosis.",
-    "zh": "研究模型，非医疗器械，不得用于诊断。",
-}
 
 _MAY_BE_TYPED = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _REGION = "<region>"
@@ -72,42 +67,18 @@ class _Asked:
     frame: tuple[int, int] = (1, 1)
 
 
-class MedRega:
+class MedRega(PublishedFamily):
     """The medrega family over one bundle; see `families.Family`."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._graphs = {role: bundle.spec(role) for role in _ROLES}
-        settings = bundle.manifest.settings
+        super().__init__(bundle, _ROLES, SETTINGS)
+        self._compat: str = setting(bundle, "compat", str)
         try:
-            self._view = MedRegaView(**settings["view"])
-            self._compat = str(settings["compat"])
-            image_tokens = int(settings["image_tokens"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"bundle {bundle.manifest.name} lacks a setting of the family medrega: {error}"
-            ) from error
-        self._text = MedRegaText(PublishedTokens.open(bundle.file(TOKENIZER)), image_tokens)
-        logits = next(t for t in self._graphs["decoder"].outputs if t.name == "logits")
-        self._vocabulary = logits.shape[-1]
-        self._no_rows = np.zeros((1, cast("int", self._graphs["decoder"].inputs[1].shape[-1])), np.float32)
-        if not isinstance(self._vocabulary, int) or self._text.tokens.vocabulary > self._vocabulary:
-            raise BundleError(
-                f"the decoder has {self._vocabulary} logits, the tokenizer {self._text.tokens.vocabulary} tokens"
-            )
+            self._view = MedRegaView(**setting(bundle, "view", dict))
+        except TypeError as error:
+            raise BundleError(f"bundle {bundle.manifest.name}: its setting 'view' is of another version") from error
+        self._text = MedRegaText(self._tokens, setting(bundle, "image_tokens", int))
         self._grammar = FreeGrammar(self._vocabulary, not_first=self._text.stop_id)
-        self._notice: Mapping[Language, str] = {**NOTICE, **settings.get("notice", {})}
-
-    def graphs(self) -> Mapping[str, GraphSpec]:
-        """Return the GraphSpec of each of the three graphs, by role."""
-        return self._graphs
-
-    def notice(self, language: Language) -> str:
-        """Return the sentence that goes with every answer."""
-        return self._notice[language]
-
-    def settings(self) -> Mapping[str, str]:
-        """Return the settings of a prompt, each with what it may be."""
-        return SETTINGS
 
     def lead_in(self, prompt: Prompt) -> Prompt | None:
         """Return the question for the regions that matter, if the chain of thought is on."""
@@ -177,7 +148,6 @@ class MedRega:
         ids = self._text.encode_prompt(question, tiles=asked.tiles, history=history)
         rows = projected.get("image_tokens", self._no_rows)
         row = 0
-        assert isinstance(self._vocabulary, int)
         for at, index in enumerate(ids):
             if index == self._text.context_id:
                 ids[at] = self._vocabulary + row
