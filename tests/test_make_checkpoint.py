@@ -100,8 +100,8 @@ def test_medplib_loads_and_answers_with_finite_numbers(small: Callable[[str], Pa
     assert text.seg_id == 1000
     ids = torch.tensor([i for i in text.encode_prompt("Segment the liver.") if i != IMAGE_ID])[None]
     with torch.no_grad():
-        features, mask_features = model.vision_encoder(torch.randn(1, 3, 336, 336), torch.randn(1, 3, 256, 256))
-        rows, _ = model.projector(features, torch.full((1, 576), 1 / 576))
+        features, mask_features, _ = model.vision_encoder(torch.randn(1, 3, 336, 336), torch.randn(1, 3, 256, 256))
+        rows = model.projector(features, torch.full((1, 576), 1 / 576))[0]
         ids = torch.cat((model.decoder.config.vocabulary + torch.arange(576)[None], ids), dim=1)
         hidden = model.decoder(model.decoder.embed_mixed(ids, rows), torch.arange(ids.shape[1])[None])
     assert hidden.isfinite().all() and hidden.std() > 0.1 and mask_features.isfinite().all()

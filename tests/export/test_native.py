@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from edgemed.bundle import open_bundle
 from edgemed.errors import BundleError, NoInput
-from edgemed.export import export_bundle, write
+from edgemed.export import ExportOptions, export_bundle, write
 from edgemed.export.parity import Row, compare, read_slices, to_markdown
 from edgemed.families.native_text import NativeText
 from edgemed.families.native_torch import NativeModel, load, native_specs, save_checkpoint
@@ -78,7 +78,7 @@ def test_a_bundle_holds_graphs_tables_and_the_card(
     from edgemed.calibration.weight_only import quantize_weights
 
     (checkpoint / "quality.md").write_text("| liver | 0.9 |\n")
-    export_bundle(checkpoint, tmp_path / "b", shrink_decoder=lambda graph: quantize_weights(graph)[0])
+    export_bundle(checkpoint, tmp_path / "b", ExportOptions(shrink=lambda graph: quantize_weights(graph)[0]))
     bundle = open_bundle(str(tmp_path / "b"))
     assert bundle.manifest.name == "tiny"
     assert bundle.manifest.precision["decoder"] == "int8"
@@ -98,7 +98,7 @@ def test_a_wrong_graph_is_refused_by_its_name(
     spoiled = numpy_helper.to_array(weights[0]) * 1.02
     weights[0].CopyFrom(numpy_helper.from_array(spoiled.astype(np.float32), weights[0].name))
     with pytest.raises(BundleError, match=r"projector: output \w+ differs from torch by .* nothing was written"):
-        export_bundle(checkpoint, tmp_path / "b")
+        export_bundle(checkpoint, tmp_path / "b", ExportOptions(decoder="fp32"))
     assert not (tmp_path / "b").exists()
 
 
@@ -126,7 +126,7 @@ def test_the_gate_refuses_by_its_limits(
         asked.clear()
         found.update({"fp32": [good], "int8": [good]} | changed)
         with pytest.raises(BundleError, match=told):
-            export_bundle(checkpoint, tmp_path / "b", shrink_decoder=lambda graph: graph)
+            export_bundle(checkpoint, tmp_path / "b", ExportOptions(shrink=lambda graph: graph))
         assert not (tmp_path / "b").exists()
 
 
