@@ -1,26 +1,31 @@
-"""The decoding loop: prompt ids in, answer ids out, one decoder call for each token.
+"""The decoding loop: prompt ids in, answer ids out, as few decoder calls as give the same answer.
 
-Covers prefill, the grammar's masks, greedy choice and sampling, the hidden states a mask decoder needs, and ending well
-at the token limit. Does not see the KV cache (the Runner has it) or text (the family has the tokenizer).
+Covers prefill, the grammar's masks, greedy choice and sampling, tokens without a choice, drafts and their check, the
+hidden states a mask decoder needs, and ending well at the token limit. Does not see the KV cache (the Runner has it),
+text (the family has the tokenizer), or where drafts come from (`drafts`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import numpy.typing as npt
 
 from edgemed.backends import Outputs, Runner
 from edgemed.box_grammar import Grammar, State
+from edgemed.drafts import Drafter, Guess
 from edgemed.errors import InvalidInput
 from edgemed.graphs import Feeds
 from edgemed.triton_kernels.masked_argmax import masked_argmax
 
 Vector = npt.NDArray[np.float32]
+
+MAX_DRAFT = 16
+"""Most tokens of a draft: a check of 16 costs a CPU about what two or three single tokens do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class Decoded:
     ended: the model ended the answer; False where the token limit did, and then the ids stop where the grammar last
     allowed an end. decoder_calls counts the prefill too. Times in milliseconds.
     router: probabilities [tokens that went in, prompt first, layers with experts, experts], or None.
+    drafted, accepted: tokens that were proposed, and that the decoder confirmed; forced: tokens without a choice.
     """
 
     ids: tuple[int, ...]
@@ -72,6 +78,9 @@ class Decoded:
     prefill_ms: float
     step_ms: float
     router: npt.NDArray[np.float32] | None = None
+    drafted: int = 0
+    accepted: int = 0
+    forced: int = 0
 
 
 NOTHING_DECODED = Decoded((), (), (), True, 0, 0, 0.0, 0.0)
@@ -79,71 +88,230 @@ NOTHING_DECODED = Decoded((), (), (), True, 0, 0, 0.0, 0.0)
 
 
 def decode(
-    runner: Runner, prompt_ids: Sequence[int], fixed: Feeds, grammar: Grammar[State], options: DecodeOptions
+    runner: Runner,
+    prompt_ids: Sequence[int],
+    fixed: Feeds,
+    grammar: Grammar[State],
+    options: DecodeOptions,
+    drafter: Drafter | None = None,
 ) -> Decoded:
-    """Return the answer to `prompt_ids`, token by token, each the best (or drawn) one that `grammar` allows.
+    """Return the answer to `prompt_ids`, each token the best (or drawn) one that `grammar` allows.
 
     fixed: the decoder's feeds that stay the same from call to call (`image_tokens`). Where the grammar refuses a place
     once its name is known, decoding goes back to before it and goes on with another token.
 
+    drafter: with one, a token that the grammar leaves no choice about costs no call, and what the drafter proposes is
+    checked in one call; the answer is the same, token for token, drawn ones too. Without, every token is a call.
+
     Raises InvalidInput where the prompt is empty or leaves no room in the cache, or where logits are not finite.
     """
     check_prompt(prompt_ids, options)
+    walk = _Walk(grammar, options, min(options.max_new_tokens, options.cache - len(prompt_ids)))
     calls = Calls(runner, fixed)
-    rng = np.random.default_rng(options.seed)
-    room = min(options.max_new_tokens, options.cache - len(prompt_ids))
-    ids: list[int] = []
-    log_probs: list[float] = []
-    hidden: list[tuple[int, Vector]] = []
-    end = 0  # how many ids there are where the grammar last allowed an end
-    ended = False
-    out = calls.run(prompt_ids, logits_from=0 if options.router else -1)
-    logits = out["logits"][0, -1]
-    if options.keep_hidden is None:
-        hidden.append((-1, out["hidden"][0, -1].copy()))
-    prefill_ms = calls.milliseconds
-    state = grammar.start()
-    rest = (calls.past, state, logits)  # where `end` was reached: a refused place is taken back to there
-    refused: set[int] = set()  # tokens that led to a refusal from there
-    while not ended and len(ids) <= room:
-        allowed = grammar.allowed(state)
-        if allowed[options.eos_id]:
-            if len(ids) != end:
-                refused = set()
-            end, rest = len(ids), (calls.past, state, logits.copy())
-            if refused:
-                allowed = allowed.copy()
-                allowed[list(refused)] = False
-        if len(ids) == room:
+    hidden: dict[int, Vector] = {}
+    guesses: dict[int, Guess] = {}
+    feed = list(prompt_ids)  # tokens that are certain and not in the cache yet
+    draft = walk.draft(drafter, guesses) if drafter and not options.router else []
+    prefill_ms = 0.0
+    drafted = accepted = forced = 0
+    while feed:
+        first = len(walk.ids) - len(feed)  # index in the answer of feed[0], below 0 in the prompt
+        start = len(feed) - 1  # position in this call from which on logits and hidden states are wanted
+        if options.router:
+            start = 0
+        elif calls.count:
+            start = next((i for i in range(len(feed)) if walk.keeps(first + i)), start)
+        out = calls.run([*feed, *draft], logits_from=start)
+        prefill_ms = prefill_ms or calls.milliseconds
+        before = calls.past - len(draft)
+        stay = walk.take(out["logits"][0][len(feed) - 1 - start :], draft, before)
+        stayed = stay.index - first  # so many tokens of this call are still part of prompt and answer
+        for kept in (hidden, guesses):
+            for index in [k for k in kept if k >= stay.index]:
+                del kept[index]
+        for position in range(start, min(stayed, len(feed) + len(draft))):
+            if walk.keeps(first + position):
+                hidden[first + position] = out["hidden"][0, position - start].copy()
+            if "box_draft" in out:
+                guesses[first + position] = tuple(int(b) for b in out["box_draft"][0, position - start])
+        if options.router:
+            calls.routed[-1] = calls.routed[-1][: max(stayed, 0)]
+        drafted, accepted = drafted + len(draft), accepted + stay.accepted
+        calls.past, feed, draft = stay.past, stay.feed, []
+        if drafter is not None and not walk.finished:
+            run = walk.force()
+            forced += len(run)
+            feed += run
+            if not (walk.finished or options.router):
+                draft = walk.draft(drafter, guesses)
+        if walk.finished and not any(walk.keeps(len(walk.ids) - 1 - i) for i in range(len(feed))):
             break
-        token, log_prob = _pick(logits, allowed, options.temperature, rng)
-        ended = token == options.eos_id
-        if not ended:
-            ids.append(token)
-            log_probs.append(log_prob)
-            state = grammar.advance(state, token)
-            if grammar.refuses(state):
-                refused.add(ids[end])
-                del ids[end:], log_probs[end:]
-                calls.past, state, logits = rest  # the cache is rolled back by its length alone
-                continue
-            kept = options.keep_hidden is None or token in options.keep_hidden
-            if len(ids) < room or kept:
-                out = calls.run([token])
-                logits = out["logits"][0, -1]
-                if kept:
-                    hidden.append((len(ids) - 1, out["hidden"][0, -1].copy()))
+    end = walk.end
     return Decoded(
-        ids=tuple(ids[:end]),
-        log_probs=tuple(log_probs[:end]),
-        hidden=tuple(pair for pair in hidden if pair[0] < end),
-        ended=ended,
+        ids=tuple(walk.ids[:end]),
+        log_probs=tuple(walk.log_probs[:end]),
+        hidden=tuple((i, hidden[i]) for i in sorted(hidden) if i < end),
+        ended=walk.ended,
         decoder_calls=calls.count,
         prompt_tokens=len(prompt_ids),
         prefill_ms=prefill_ms,
         step_ms=calls.milliseconds - prefill_ms,
         router=np.concatenate(calls.routed)[: len(prompt_ids) + end] if options.router else None,
+        drafted=drafted,
+        accepted=accepted,
+        forced=forced,
     )
+
+
+@dataclass(frozen=True)
+class _Stay:
+    """What is left of a call: the ids that go in next, how many tokens the cache holds validly, drafts that were right.
+
+    index: tokens of the answer from this index on are not those that went in.
+    """
+
+    feed: list[int]
+    past: int
+    accepted: int
+    index: int
+
+
+class _Walk(Generic[State]):
+    """The answer as it grows, one token after the other, under its grammar. Knows no decoder."""
+
+    def __init__(self, grammar: Grammar[State], options: DecodeOptions, room: int) -> None:
+        self._grammar = grammar
+        self._options = options
+        self._room = room
+        self._rng = np.random.default_rng(options.seed)
+        self._state = grammar.start()
+        self.ids: list[int] = []
+        self.log_probs: list[float] = []
+        self.end = 0  # how many ids there are where the grammar last allowed an end
+        self.ended = False
+        self.finished = False
+        self._rest: tuple[int, State, npt.NDArray[Any]] | None = None  # past, state and logits there
+        self._refused: set[int] = set()  # tokens that led to a refusal from there
+
+    def keeps(self, index: int) -> bool:
+        """Return whether the hidden state where ids[index] goes in is wanted; -1 is the prompt's last token."""
+        wanted = self._options.keep_hidden
+        if wanted is None:
+            return -1 <= index < len(self.ids)
+        return 0 <= index < len(self.ids) and self.ids[index] in wanted
+
+    def take(self, rows: npt.NDArray[Any], draft: Sequence[int], past: int) -> _Stay:
+        """Return what stays of a call after its logits were read, row by row, as long as the draft was right.
+
+        rows: logits [1 + len(draft), vocabulary]; past: tokens in the cache up to the first row.
+        """
+        if self.finished:  # the call was for a hidden state alone
+            return _Stay([], past, 0, len(self.ids))
+        before = len(self.ids)
+        lowest = before
+        for row, logits in enumerate(rows):
+            token, back = self._choose(logits, past + row)
+            if back is not None:
+                lowest = min(lowest, self.end)
+            if token is None:
+                return _Stay([], past + row, row, min(lowest, self.end) if back is not None else before + row)
+            if back is not None:
+                return _Stay([token], back, row, lowest)
+            if row == len(draft) or token != draft[row]:
+                return _Stay([token], past + row, row, before + row)
+        raise AssertionError("one row more than draft tokens was expected")
+
+    def _choose(self, logits: npt.NDArray[Any], past: int) -> tuple[int | None, int | None]:
+        """Return (the next token or None at the end, where the cache is rolled back to or None)."""
+        back: int | None = None
+        while True:
+            allowed = self._note_end(past, logits)
+            if self.finished:
+                return None, back
+            token, log_prob = self._pick(logits, allowed)
+            if token == self._options.eos_id:
+                self.ended = self.finished = True
+                return None, back
+            self._add(token, log_prob)
+            if not self._grammar.refuses(self._state):
+                self._stop_at_limit()
+                return token, back
+            assert self._rest is not None
+            self._refused.add(self.ids[self.end])
+            del self.ids[self.end :], self.log_probs[self.end :]
+            past, self._state, logits = self._rest  # the cache is rolled back by its length alone
+            back = past
+
+    def _note_end(self, past: int, logits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Return what is allowed here, after noting whether the answer may end here."""
+        allowed = self._grammar.allowed(self._state)
+        if allowed[self._options.eos_id]:
+            if self._rest is None or len(self.ids) != self.end:
+                self._refused = set()
+                self.end, self._rest = len(self.ids), (past, self._state, logits.copy())
+            if self._refused:
+                allowed = allowed.copy()
+                allowed[list(self._refused)] = False
+        return allowed
+
+    def _pick(self, logits: npt.NDArray[Any], allowed: npt.NDArray[np.bool_]) -> tuple[int, float]:
+        only = _only(allowed)
+        if only is not None:
+            return only, 0.0
+        return _pick(logits, allowed, self._options.temperature, self._rng)
+
+    def _add(self, token: int, log_prob: float) -> None:
+        self.ids.append(token)
+        self.log_probs.append(log_prob)
+        self._state = self._grammar.advance(self._state, token)
+
+    def _stop_at_limit(self) -> None:
+        if len(self.ids) == self._room:
+            self.finished = True
+            if self._grammar.allowed(self._state)[self._options.eos_id]:
+                self.end = len(self.ids)
+
+    def force(self) -> list[int]:
+        """Return the tokens that the grammar leaves no choice about, added to the answer."""
+        run: list[int] = []
+        while not self.finished:
+            token = _only(self._grammar.allowed(self._state))
+            if token is None or token == self._options.eos_id:
+                break
+            if self._grammar.refuses(self._grammar.advance(self._state, token)):
+                break  # going back needs the logits of a call
+            self._add(token, 0.0)
+            run.append(token)
+            self._stop_at_limit()
+        return run
+
+    def draft(self, drafter: Drafter, guesses: Mapping[int, Guess]) -> list[int]:
+        """Return tokens that may come next, as far as the grammar allows them, forced ones among them."""
+        state, ids = self._state, list(self.ids)
+        most = min(self._room, len(ids) + MAX_DRAFT)
+
+        def add(token: int) -> bool:
+            nonlocal state
+            allowed = self._grammar.allowed(state)  # a prompt's ids of image rows lie beyond the vocabulary
+            if len(ids) == most or token == self._options.eos_id or token >= len(allowed) or not allowed[token]:
+                return False
+            after = self._grammar.advance(state, token)
+            if self._grammar.refuses(after):
+                return False
+            state = after
+            ids.append(token)
+            return True
+
+        while len(ids) < most:
+            proposed = list(drafter.propose(ids, state, guesses))
+            known = len(ids)
+            while proposed and add(proposed.pop(0)):
+                while (token := _only(self._grammar.allowed(state))) is not None and add(token):
+                    if proposed and proposed.pop(0) != token:
+                        proposed = []
+            if len(ids) == known:
+                break
+        return ids[len(self.ids) :]
 
 
 def check_prompt(prompt_ids: Sequence[int], options: DecodeOptions) -> None:
@@ -183,6 +351,12 @@ class Calls:
         self.count += 1
         self.milliseconds += (time.perf_counter() - start) * 1000
         return out
+
+
+def _only(allowed: npt.NDArray[np.bool_]) -> int | None:
+    """Return the only token that is allowed, or None if there are several."""
+    token = int(allowed.argmax())
+    return token if np.count_nonzero(allowed) == 1 else None
 
 
 def _pick(

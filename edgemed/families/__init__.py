@@ -25,6 +25,7 @@ import numpy.typing as npt
 from edgemed.box_grammar import Grammar
 from edgemed.bundle import Bundle
 from edgemed.core import Answer, Finding, Language, Prompt, Region, Scan
+from edgemed.drafts import Drafter
 from edgemed.errors import BundleError, EdgemedError, InvalidInput
 from edgemed.graphs import Feeds, GraphSpec
 
@@ -54,7 +55,8 @@ class Question:
     """What the decoder starts from: ids, feeds that every call repeats, the grammar, the ids decoding must know.
 
     keep_hidden: where one of these ids goes in, the decoder's hidden state is kept for the mask decoder; None: at every
-    position. Without prompt ids nothing is decoded: the mask decoder alone answers.
+    position. Without prompt ids nothing is decoded: the mask decoder alone answers. drafter: guesses at the answer,
+    which make it faster and change nothing else.
     """
 
     prompt_ids: Sequence[int]
@@ -62,6 +64,7 @@ class Question:
     grammar: Grammar[Any]
     eos_id: int
     keep_hidden: frozenset[int] | None = frozenset()
+    drafter: Drafter | None = None
 
 
 @dataclass(frozen=True, eq=False)

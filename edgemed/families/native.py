@@ -29,7 +29,8 @@ from edgemed.families import (
     mean_direction,
     one_scan,
 )
-from edgemed.families.native_lexicon import STRUCTURES, structure_of, structures_in
+from edgemed.families.native_drafts import KnownPlace, NativeDrafts
+from edgemed.families.native_lexicon import EN_PLURAL, STRUCTURES, structure_of, structures_in
 from edgemed.families.native_masks import prompt_of_answer, prompt_of_region, stacked
 from edgemed.families.native_regions import (
     is_seen,
@@ -39,7 +40,7 @@ from edgemed.families.native_regions import (
 )
 from edgemed.families.native_text import NativeText, Place, parse, plain
 from edgemed.families.native_view import SIDE, model_image, model_view
-from edgemed.geometry import View, bins_to_box, box_of, box_to_bins, check_region, fit
+from edgemed.geometry import BINS, View, bins_to_box, box_of, box_to_bins, check_region, fit
 from edgemed.graphs import Feeds, GraphSpec
 from edgemed.language import folded_text, request_in
 
@@ -176,7 +177,26 @@ class Native(SingleQuestions):
             language = request_in(folded_text(prompt.text))[0] or prompt.language
             known = self._boxes(projected, bins)
             grammar = self._grammars[language].knowing(known, self._contradicted(prompt, projected))
-        return Question(ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}))
+        drafter = self._drafts(prompt, prepared.state, projected)
+        return Question(ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}), drafter)
+
+    def _drafts(self, prompt: Prompt, view: View, projected: Feeds) -> NativeDrafts:
+        """Return guesses at the answer: what the question names first, then what is visible, largest first."""
+        language = request_in(folded_text(prompt.text))[0] or prompt.language
+        named = structures_in(prompt.text)
+        visible = [s for s in range(len(self._names)) if projected["presence"][s] >= _VISIBLE]
+        boxes = {s: box_to_bins(_box_of(projected["boxes"][s]), SIDE) for s in visible}
+        order = sorted(visible, key=lambda s: (s not in named, -_area(boxes[s])))
+        places = [
+            KnownPlace(self._names[s][language == "zh"], boxes[s], STRUCTURES[s].key in EN_PLURAL, s in named)
+            for s in order
+        ]
+        width, height = view.box_to_model((0.0, 0.0, float(view.columns), float(view.rows)))[2:]
+        extent = (_bins_up_to(width), _bins_up_to(height))
+        tokens = self._grammars[language].tokens
+        terms = [STRUCTURES[s] for s in sorted(named) if s not in visible]
+        absent = [((term.zh if language == "zh" else term.en)[0], term.key in EN_PLURAL) for term in terms]
+        return NativeDrafts(tokens, self._text.encode_text, language, prompt.text, places, extent, absent)
 
     def _boxes(self, projected: Feeds, regions: Sequence[Bins]) -> dict[tuple[int, ...], tuple[Bins, ...]]:
         """Return the boxes an answer may give to each name: what the projector proposes there, what the user drew.
@@ -185,7 +205,7 @@ class Native(SingleQuestions):
         """
         places: dict[tuple[int, ...], tuple[Bins, ...]] = {}
         for names, presence, box in zip(self._names, projected["presence"], projected["boxes"], strict=True):
-            proposed = box_to_bins((float(box[0]), float(box[1]), float(box[2]), float(box[3])), SIDE)
+            proposed = box_to_bins(_box_of(box), SIDE)
             found = (proposed,) if presence >= _VISIBLE else ()
             for name in names:
                 places[name] = (*found, *regions)
@@ -337,6 +357,19 @@ def _box_tokens(text: NativeText, barred: tuple[int, ...] = ()) -> BoxTokens:
         bins=t.bins,
         never=(*t.never, *barred),
     )
+
+
+def _box_of(values: Vector) -> Box:
+    return (float(values[0]), float(values[1]), float(values[2]), float(values[3]))
+
+
+def _area(bins: Bins) -> int:
+    return (bins[2] - bins[0]) * (bins[3] - bins[1])
+
+
+def _bins_up_to(model_px: float) -> int:
+    """Return how many bins of a side lie before `model_px`, at least 1."""
+    return max(1, min(BINS, round(model_px / SIDE * BINS)))
 
 
 def _users_regions(regions: Sequence[PromptRegion], spots: Sequence[_Spot]) -> list[PromptRegion | None]:

@@ -1,14 +1,17 @@
 """What the native family can name in English and Chinese: structures, modalities, body parts; and what it must refuse.
 
-Covers the names only; how a question or an answer is worded is in `training/tasks`. The order of STRUCTURES, MODALITIES
-and BODY_PARTS is the index used in the graphs and in checkpoints: append, never reorder. GROUPS and UNKNOWN_NAMES carry
-no index.
+Covers the names, and words for where a box lies; how a question or an answer is worded is in `training/tasks`. The
+order of STRUCTURES, MODALITIES and BODY_PARTS is the index used in the graphs and in checkpoints: append, never
+reorder. GROUPS and UNKNOWN_NAMES carry no index.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from edgemed.core import Language
+from edgemed.geometry import BINS
 
 
 @dataclass(frozen=True)
@@ -336,6 +339,27 @@ _MEANING: dict[str, tuple[int, ...]] = {
 }
 _ANY_NAME = re.compile("|".join(f"({_spelling(name)})" for name in sorted(_MEANING, key=len, reverse=True)))
 _MEANINGS = tuple(_MEANING[name] for name in sorted(_MEANING, key=len, reverse=True))
+
+
+_GRID: dict[Language, tuple[tuple[str, str, str], ...]] = {
+    "en": (
+        ("upper left", "upper central", "upper right"),
+        ("left", "central", "right"),
+        ("lower left", "lower central", "lower right"),
+    ),
+    "zh": (("左上部", "上部", "右上部"), ("左部", "中央", "右部"), ("左下部", "下部", "右下部")),
+}
+
+
+def position(bins: tuple[int, int, int, int], language: Language, extent: tuple[int, int] = (BINS, BINS)) -> str:
+    """Return where the centre of the box lies on a 3 x 3 grid over the image, in words.
+
+    >>> position((0, 0, 200, 200), "en"), position((400, 800, 600, 900), "zh")
+    ('upper left', '下部')
+    """
+    column = min(3 * (bins[0] + bins[2]) // (2 * extent[0]), 2)
+    row = min(3 * (bins[1] + bins[3]) // (2 * extent[1]), 2)
+    return _GRID[language][row][column]
 
 
 def structures_in(text: str) -> frozenset[int]:

@@ -296,6 +296,12 @@ class NativeText:
         ids = range(len(SPECIAL_TOKENS), self.vocabulary)
         return tuple(i for i in ids if not self._tokenizer.decode([i], skip_special_tokens=False).isascii())
 
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Return the ids of words of an answer, with `<ref>` among them as its token; no place, no <eos>."""
+        ref = self.tokens().ref
+        parts = [self._encode(part.removesuffix(" ")) for part in text.split("<ref>")]
+        return (*parts[0], *(i for part in parts[1:] for i in (ref, *part)))
+
     def encode_name(self, name: str) -> tuple[int, ...]:
         """Return the ids of a structure's name as they stand between <ref> and </ref> in an answer."""
         return tuple(self._encode(f" {name}" if _spaced(name[:1]) else name))

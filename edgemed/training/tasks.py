@@ -45,6 +45,7 @@ from edgemed.families.native_lexicon import (
     UNKNOWN_NAMES,
     Group,
     Term,
+    position,
 )
 from edgemed.families.native_text import Bins, tag
 from edgemed.geometry import BINS
@@ -103,14 +104,6 @@ class Turn:
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
-_GRID: dict[Language, tuple[tuple[str, str, str], ...]] = {
-    "en": (
-        ("upper left", "upper central", "upper right"),
-        ("left", "central", "right"),
-        ("lower left", "lower central", "lower right"),
-    ),
-    "zh": (("左上部", "上部", "右上部"), ("左部", "中央", "右部"), ("左下部", "下部", "右下部")),
-}
 _MODALITY_EN = (
     "a CT image",
     "an MR image",
@@ -154,17 +147,6 @@ SENTENCES: dict[str, dict[Language, str]] = {
     },
 }
 """The answers that hold no place and no name."""
-
-
-def position(bins: Bins, language: Language, extent: tuple[int, int] = (BINS, BINS)) -> str:
-    """Return where the centre of the box lies on a 3 x 3 grid over the image, in words.
-
-    >>> position((0, 0, 200, 200), "en"), position((400, 800, 600, 900), "zh")
-    ('upper left', '下部')
-    """
-    column = min(3 * (bins[0] + bins[2]) // (2 * extent[0]), 2)
-    row = min(3 * (bins[1] + bins[3]) // (2 * extent[1]), 2)
-    return _GRID[language][row][column]
 
 
 def _name(structure: int, language: Language) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgemed.box_grammar import BoxGrammar, BoxTokens, FreeGrammar
 from edgemed.decoding import Decoded, DecodeOptions, decode
+from edgemed.drafts import PhraseDrafts
 from edgemed.errors import InvalidInput
 
 BOS, EOS, REF, REF_END, BOX, BOX_END, SEG, FIRST = range(8)
@@ -45,8 +46,10 @@ class FakeRunner:
         assert past == len(self.seen) or (self.may_go_back and 0 < past < len(self.seen))
         self.seen[past:] = ids
         self.calls.append(len(ids))
-        hidden = np.full((1, 1, WIDTH), self.seen[-1] * 1000 + len(self.seen) - 1, np.float32)
-        return {"logits": self.logits(self.seen).astype(np.float32)[None, None], "hidden": hidden}
+        ends = range(past + int(feeds["logits_from"][0]) + 1, len(self.seen) + 1)
+        hidden = [np.full(WIDTH, self.seen[end - 1] * 1000 + end - 1, np.float32) for end in ends]
+        logits = [self.logits(self.seen[:end]).astype(np.float32) for end in ends]
+        return {"logits": np.stack(logits)[None], "hidden": np.stack(hidden)[None]}
 
 
 def script(*answer: int) -> FakeRunner:
@@ -64,8 +67,10 @@ def noise(seed: int, scale: float = 3.0) -> FakeRunner:
     return FakeRunner(lambda seen: rng.normal(0, scale, VOCABULARY))
 
 
-def run(runner: FakeRunner, grammar=None, **options) -> Decoded:
-    return decode(runner, PROMPT, FIXED, grammar or FreeGrammar(VOCABULARY), DecodeOptions(eos_id=EOS, **options))
+def run(runner: FakeRunner, grammar=None, drafter=None, **options) -> Decoded:
+    runner.may_go_back = runner.may_go_back or drafter is not None
+    asked = DecodeOptions(eos_id=EOS, **options)
+    return decode(runner, PROMPT, FIXED, grammar or FreeGrammar(VOCABULARY), asked, drafter)
 
 
 def as_text(ids: tuple[int, ...]) -> str:
@@ -198,6 +203,64 @@ def test_no_answer_holds_what_the_grammar_refuses(seed: int, temperature: float,
             named.append(name)
             assert tuple(map(int, corners)) in boxes[(first + ord(name) - ord("a"),)]
     assert len(set(named)) == len(named)
+
+
+class Oracle:
+    """Proposes what plain decoding would write, with some tokens spoiled."""
+
+    def __init__(self, answer: tuple[int, ...], wrong: float, seed: int) -> None:
+        self.answer, self.wrong, self.rng = answer, wrong, np.random.default_rng(seed)
+
+    def propose(self, ids, state, guesses):
+        rest = list(self.answer[len(ids) : len(ids) + int(self.rng.integers(0, 7))])
+        return [int(self.rng.integers(VOCABULARY)) if self.rng.random() < self.wrong else token for token in rest]
+
+
+def context(seed: int, bonus: float = 1.5) -> FakeRunner:
+    """Logits that follow from what went in alone, so that the order of calls does not matter; tags are likely."""
+    liked = np.zeros(VOCABULARY)
+    liked[[REF, REF_END, BOX_END, SEG]] = bonus
+
+    def logits(seen: list[int]) -> np.ndarray:
+        return np.random.default_rng([seed, *seen]).normal(0, 2, VOCABULARY) + liked
+
+    return FakeRunner(logits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 2**20), st.sampled_from([0.0, 0.0, 1.0]), st.integers(1, 60), st.sampled_from([0.0, 0.2, 1.0]),
+    st.sampled_from(["free", "boxes", "known"]), st.sampled_from([frozenset(), frozenset({SEG, 25}), None]),
+)  # fmt: skip
+def test_drafts_and_forced_tokens_change_nothing_but_the_number_of_calls(
+    seed: int, temperature: float, limit: int, wrong: float, kind: str, keep: frozenset[int] | None
+) -> None:
+    first = FIRST + BINS
+    known = {(n,): ((n - first, 0, n - first + 1, 5),) if n % 2 else () for n in range(first, VOCABULARY)}
+    boxes = BoxGrammar(TOKENS, VOCABULARY)
+    grammar = {"free": FreeGrammar(VOCABULARY), "boxes": boxes, "known": boxes.knowing(known)}[kind]
+    options = {"temperature": temperature, "seed": seed, "max_new_tokens": limit, "keep_hidden": keep}
+    plain_runner = context(seed)
+    plain_runner.may_go_back = True
+    plain = run(plain_runner, grammar, **options)
+    fast = run(context(seed), grammar, Oracle(plain.ids, wrong, seed), **options)
+    assert (fast.ids, fast.ended) == (plain.ids, plain.ended)
+    assert fast.log_probs == pytest.approx(plain.log_probs, abs=1e-6)
+    assert [(i, float(h[0])) for i, h in fast.hidden] == [(i, float(h[0])) for i, h in plain.hidden]
+    assert fast.decoder_calls <= plain.decoder_calls
+    assert (plain.drafted, plain.forced) == (0, 0)
+
+
+def test_a_known_place_costs_one_call_once_its_name_is_there() -> None:
+    grammar = BoxGrammar(TOKENS, VOCABULARY).knowing({(25,): ((1, 2, 3, 4),)})
+    place = (REF, 25, REF_END, BOX, FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, BOX_END, SEG)
+    decoded = run(script(*place), grammar, PhraseDrafts([]))
+    assert decoded.ids == place
+    assert (decoded.forced, decoded.decoder_calls) == (6, 5)
+    drafted = run(script(*place), grammar, PhraseDrafts([place]))
+    assert drafted.ids == place
+    assert drafted.decoder_calls == 2
+    assert drafted.accepted == drafted.drafted == 9
 
 
 def test_sampling_is_reproducible_and_follows_the_probabilities() -> None:

@@ -1,0 +1,84 @@
+"""Decoder calls and time of grounded answers: `--decode auto` against `plain`, both of which give the same tokens.
+
+    python tests/bench/bench_box_decoding.py [--bundle nano] [--repeat 5] [SCAN...]
+
+Prints a Markdown table: for each kind of question the tokens, calls and decoder time, prefill included; least of the
+repetitions, one question after the other on a warm session. A draft may be checked with the prefill already.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemed.core import Prompt, Scan
+from edgemed.dicom import read_scan
+from edgemed.families.native_lexicon import STRUCTURES
+from edgemed.infer import DecodeMode, InferOptions, Session, open_session
+from edgemed.language import answer_language
+
+SAMPLE = Path(__file__).resolve().parents[1] / "files" / "sample_ct.dcm"
+QUESTIONS = {
+    "where is, English": [f"Where is the {STRUCTURES[s].en[0]}?" for s in range(0, len(STRUCTURES), 3)],
+    "where is, Chinese": [f"{STRUCTURES[s].zh[0]}在哪里？" for s in range(0, len(STRUCTURES), 3)],
+    "list, English": ["List the structures.", "Which structures are visible?", "Name everything you can see."],
+    "list, Chinese": ["请列出可见的结构", "图中有哪些结构？", "列出所有结构"],
+    "segment": ["Segment the liver.", "Outline the spleen.", "分割主动脉", "请勾画胃"],
+    "describe": ["Describe the image.", "请描述这幅图像"],
+}
+
+
+@dataclass
+class Sum:
+    """Over the questions of one kind: tokens written, calls, milliseconds of the decoder."""
+
+    tokens: int = 0
+    calls: int = 0
+    ms: float = 0.0
+
+
+def ask(session: Session, scan: Scan, text: str, mode: DecodeMode, repeat: int) -> tuple[tuple[int, ...], Sum]:
+    """Return (generated ids, what they took) of one question."""
+    prompt = Prompt(text, language=answer_language(text), frame=scan.first_frame)
+    best, ids, calls = float("inf"), (), 0
+    for _ in range(repeat):
+        answer = session.ask(scan, prompt, InferOptions(decode=mode))
+        timings = answer.provenance.timings_ms
+        best = min(best, timings["decoder"])
+        ids, calls = answer.generated_ids, answer.provenance.tokens["decoder_calls"]
+    return ids, Sum(len(ids), calls, best)
+
+
+def main() -> None:
+    """Ask everything both ways and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scans", nargs="*", type=Path, default=[SAMPLE])
+    parser.add_argument("--bundle", default="nano")
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    print("| question | tokens | calls plain | calls auto | fewer | decoder ms plain | ms auto | faster |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    with open_session(options.bundle) as session:
+        for kind, questions in QUESTIONS.items():
+            sums: dict[str, Sum] = defaultdict(Sum)
+            for scan in map(read_scan, options.scans):
+                for text in questions:
+                    written = {}
+                    for mode in ("plain", "auto"):
+                        written[mode], took = ask(session, scan, text, mode, options.repeat)
+                        total = sums[mode]
+                        total.tokens, total.calls, total.ms = (
+                            total.tokens + took.tokens, total.calls + took.calls, total.ms + took.ms,
+                        )  # fmt: skip
+                    assert written["plain"] == written["auto"], f"{text}: the answers differ"
+            plain, auto = sums["plain"], sums["auto"]
+            print(
+                f"| {kind} ({len(questions)}) | {plain.tokens} | {plain.calls} | {auto.calls} "
+                f"| {plain.calls / auto.calls:.1f} x | {plain.ms:.1f} | {auto.ms:.1f} | {plain.ms / auto.ms:.1f} x |"
+            )
+
+
+if __name__ == "__main__":
+    main()

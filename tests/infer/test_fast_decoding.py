@@ -1,0 +1,72 @@
+"""`--decode auto` writes what `--decode plain` writes, token for token, in fewer calls: the embedded model on a real CT
+slice. The published families are in tests/families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from edgemed.core import Prompt, Scan
+from edgemed.decoding import Decoded, DecodeOptions, decode
+from edgemed.dicom import read_scan
+from edgemed.drafts import PhraseDrafts
+from edgemed.families.native_lexicon import STRUCTURES
+from edgemed.infer import Session, open_session
+from edgemed.language import answer_language
+
+EN = ("Where is the {}?", "Segment the {}.", "Is the {} visible?", "Show me the {} and the liver.")
+ZH = ("{}在哪里？", "请分割{}", "能看到{}吗？", "{}和肝脏在哪里？")
+WHOLE = (
+    "List the structures.", "请列出可见的结构", "Describe the image.", "请描述这幅图像", "Which modality is this?",
+    "这是什么检查？", "What is the largest structure?", "Is this normal?", "hello", "谁是你", "Where is the tumour?",
+    "Where are the liver, the spleen and the aorta?",
+)  # fmt: skip
+QUESTIONS = (
+    *(t.format(term.en[0]) for term in STRUCTURES for t in EN),
+    *(t.format(term.zh[0]) for term in STRUCTURES for t in ZH),
+    *WHOLE,
+)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[Session]:
+    with open_session("nano") as session:
+        yield session
+
+
+class Decoding:
+    """One question of a session, decoded as often as one likes without encoder and masks."""
+
+    def __init__(self, session: Session, scan: Scan) -> None:
+        self.family = session.family
+        self.runner = session._runners["decoder"].result()
+        graphs = {role: session._runners[role].result() for role in ("vision_encoder", "projector")}
+        self.prepared = self.family.prepare([scan], Prompt("?", frame=scan.first_frame))
+        features = graphs["vision_encoder"].run(self.prepared.vision)
+        self.projected = graphs["projector"].run(
+            {**self.prepared.projector, "image_features": features["image_features"]}
+        )
+
+    def both(self, text: str) -> tuple[Decoded, Decoded]:
+        """Return what is written plainly, and with every shortcut."""
+        question = self.family.ask(Prompt(text, language=answer_language(text)), self.prepared, self.projected)
+        options = DecodeOptions(eos_id=question.eos_id, keep_hidden=question.keep_hidden)
+        what = (self.runner, question.prompt_ids, question.fixed, question.grammar, options)
+        return decode(*what), decode(*what, question.drafter or PhraseDrafts([]))
+
+
+def test_three_hundred_questions_are_answered_the_same(nano: Session, sample_scan: str) -> None:
+    assert len(QUESTIONS) >= 300
+    decoding = Decoding(nano, read_scan(sample_scan))
+    plain_calls = auto_calls = 0
+    for text in QUESTIONS:
+        plain, auto = decoding.both(text)
+        assert (auto.ids, auto.ended) == (plain.ids, plain.ended), text
+        assert auto.log_probs == pytest.approx(plain.log_probs, abs=0.05)  # int8 products of one row and of several
+        assert [i for i, _ in auto.hidden] == [i for i, _ in plain.hidden]
+        for (_, fast), (_, slow) in zip(auto.hidden, plain.hidden, strict=True):
+            np.testing.assert_allclose(fast, slow, atol=0.1)  # round differently
+        plain_calls, auto_calls = plain_calls + plain.decoder_calls, auto_calls + auto.decoder_calls
+    assert plain_calls > 3.5 * auto_calls
