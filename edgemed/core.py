@@ -251,7 +251,8 @@ class Answer:
     notes: what was left out of the answer and why (a malformed box, the token limit), one line each.
     labels: of a classification, those of the given list that the answer means. findings: of a grounded report.
     router: what the routers said, if it was asked for: probabilities [prompt and answer tokens, layers, experts].
-    vocabulary: ids from this one on stand for rows of images and regions.
+    vocabulary: ids from this one on stand for rows of images and regions. written_ids: the prompt's ids as the family's
+    own code writes them, where it has others for images and regions.
     """
 
     text: str
@@ -265,3 +266,4 @@ class Answer:
     findings: tuple[Finding, ...] = ()
     router: npt.NDArray[np.float32] | None = None
     vocabulary: int | None = None
+    written_ids: tuple[int, ...] | None = None

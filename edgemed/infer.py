@@ -223,6 +223,7 @@ class Session:
             findings=reading.findings,
             router=decoded.router,
             vocabulary=_vocabulary(run.specs),
+            written_ids=None if question.written_ids is None else tuple(question.written_ids),
         )
 
     def _images_of(self, run: _Run, prepared: Prepared) -> tuple[Feeds, Feeds]:

@@ -56,7 +56,8 @@ class Question:
 
     keep_hidden: where one of these ids goes in, the decoder's hidden state is kept for the mask decoder; None: at every
     position. Without prompt ids nothing is decoded: the mask decoder alone answers. drafter: guesses at the answer,
-    which make it faster and change nothing else.
+    which make it faster and change nothing else. written_ids: the prompt as the family's own code writes it, where
+    that has other ids for images and regions.
     """
 
     prompt_ids: Sequence[int]
@@ -65,6 +66,7 @@ class Question:
     eos_id: int
     keep_hidden: frozenset[int] | None = frozenset()
     drafter: Drafter | None = None
+    written_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

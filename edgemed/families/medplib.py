@@ -11,13 +11,14 @@ Source of the behaviour: github ShawnHuang497/MedPLIB at 5ab54bc, release-cli at
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgemed.box_grammar import FreeGrammar
+from edgemed.box_grammar import FreeGrammar, Grammar
 from edgemed.bundle import Bundle
 from edgemed.core import Example, Prompt, PromptRegion, Region, Scan
 from edgemed.errors import BundleError, InvalidInput
@@ -49,6 +50,7 @@ from edgemed.families.native_lexicon import STRUCTURES, structures_in
 from edgemed.families.published_family import PublishedFamily, setting
 from edgemed.geometry import box_of
 from edgemed.graphs import Feeds
+from edgemed.text_box_grammar import TextGrammar, text_bytes
 
 _ROLES = ("vision_encoder", "projector", "decoder", "mask_decoder")
 _MAY_BE_TYPED = ("<region>", "</region>")
@@ -75,7 +77,16 @@ class Medplib(PublishedFamily):
             raise BundleError(f"bundle {bundle.manifest.name}: its setting 'view' is of another version") from error
         self._text = MedplibText(self._tokens)
         self._rows = {t.name: cast("int", t.shape[0]) for t in self._graphs["projector"].outputs}
-        self._grammar = FreeGrammar(self._vocabulary)
+        self._free = FreeGrammar(self._vocabulary)
+
+    @cached_property
+    def _grammar(self) -> TextGrammar:
+        """Text and `<SEG>`; what belongs to prompts, other models and images is never written, nothing is no answer."""
+        tokens = self._tokens
+        texts = text_bytes(tokens.decode_verbatim, tokens.vocabulary, {token.id for token in tokens.added})
+        words = [i for i, text in enumerate(texts) if text]
+        end = self._text.stop_id
+        return TextGrammar(self._vocabulary, [*words, self._text.seg_id, end], not_first=[end])
 
     def prepare(self, scans: Sequence[Scan], prompt: Prompt) -> Prepared:
         """Return the feeds of vision_encoder and projector; nothing where there is no image. State: rows and columns.
@@ -162,14 +173,16 @@ class Medplib(PublishedFamily):
         return cast("Compat", chosen(prompt, "compat", COMPAT, self._compat))
 
     def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
-        """Return the prompt's ids over the rows of all images, then of the regions. There is no grammar yet."""
+        """Return the prompt's ids over the rows of all images, then of the regions."""
+        grammar: Grammar[int] = self._grammar if constrained else self._free
         if self._outlines(prompt):
-            return Question([], {}, self._grammar, self._text.stop_id)
+            return Question([], {}, grammar, self._text.stop_id)
         images = self._image_rows(prompt, projected) if prepared.vision else []
         sizes = [len(rows) for rows in images]
         ids: list[int] = []
         row = self._vocabulary
-        for index in self._written(prompt, image=bool(images)):
+        written = self._written(prompt, image=bool(images))
+        for index in written:
             if index in (IMAGE_ID, REGION_ID):
                 count = sizes.pop(0) if index == IMAGE_ID else 1
                 ids += range(row, row + count)
@@ -179,7 +192,7 @@ class Medplib(PublishedFamily):
         rows: npt.NDArray[Any] = self._no_rows
         if images:
             rows = np.concatenate([*images, projected["region_tokens"][: len(prompt.regions)]])
-        return Question(ids, {"image_tokens": rows}, self._grammar, self._text.stop_id, None)
+        return Question(ids, {"image_tokens": rows}, grammar, self._text.stop_id, None, written_ids=written)
 
     def _written(self, prompt: Prompt, *, image: bool) -> list[int]:
         """Return the prompt's ids; each image, mask of an example, and region is one pseudo-id."""

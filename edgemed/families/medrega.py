@@ -9,8 +9,9 @@ Source of the behaviour: github xmed-lab/MedRegA at dfdb0db; tests/reference/med
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast, get_args
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from edgemed.box_grammar import FreeGrammar
 from edgemed.bundle import Bundle
 from edgemed.core import Answer, Box, Finding, Language, Prompt, PromptRegion, Region, Scan
+from edgemed.drafts import Guess, PhraseDrafts
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families import Prepared, Question, Reading, Written, check_settings, chosen, mean_direction
 from edgemed.families.medrega_labels import LabelList, classify, label_lists, read_labels
@@ -39,6 +41,7 @@ from edgemed.families.medrega_view import MedRegaView, box_to_numbers, numbers_t
 from edgemed.families.published_family import PublishedFamily, setting
 from edgemed.geometry import box_of, check_region
 from edgemed.graphs import Feeds
+from edgemed.text_box_grammar import KnownPlace, TextBoxGrammar, TextBoxState, TextBoxTokens, text_bytes
 
 COMPAT = ("reference", "corrected")
 """What the shown text is: as the published code shows it (tags gone, numbers left), or without numbers."""
@@ -46,6 +49,8 @@ COMPAT = ("reference", "corrected")
 _MAY_BE_TYPED = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _REGION = "<region>"
 _ROLES = ("vision_encoder", "projector", "decoder")
+_NAMING_PLACES = ("text2region", "grounded_report", "none")
+"""Tasks whose answers have places; in those of the others they would be made up."""
 _TASK_SETTINGS = {"task", "prompts", "dataset", "labels"}
 SETTINGS: Mapping[str, str] = {
     "compat": "reference (default): text as the published code shows it; corrected: without the numbers of boxes",
@@ -67,6 +72,18 @@ class _Asked:
     frame: tuple[int, int] = (1, 1)
 
 
+@dataclass(frozen=True)
+class _Drafts:
+    """Guesses at an answer: known boxes inside a box, phrases of the conversation elsewhere; see `drafts.Drafter`."""
+
+    grammar: TextBoxGrammar
+    phrases: PhraseDrafts
+
+    def propose(self, ids: Sequence[int], state: TextBoxState, guesses: Mapping[int, Guess]) -> Guess:
+        """Return tokens that may follow; () where there is no guess."""
+        return self.grammar.draft(state) if state.in_box else self.phrases.propose(ids)
+
+
 class MedRega(PublishedFamily):
     """The medrega family over one bundle; see `families.Family`."""
 
@@ -78,7 +95,16 @@ class MedRega(PublishedFamily):
         except TypeError as error:
             raise BundleError(f"bundle {bundle.manifest.name}: its setting 'view' is of another version") from error
         self._text = MedRegaText(self._tokens, setting(bundle, "image_tokens", int))
-        self._grammar = FreeGrammar(self._vocabulary, not_first=self._text.stop_id)
+        self._free = FreeGrammar(self._vocabulary, not_first=self._text.stop_id)
+
+    @cached_property
+    def _grammar(self) -> TextBoxGrammar:
+        """The grammar of every answer: 0.1 s to learn how the tokenizer spells boxes."""
+        ref, ref_end, box, box_end = map(self._tokens.id_of, ("<ref>", "</ref>", "<box>", "</box>"))
+        reserved = {token.id for token in self._tokens.added}
+        texts = text_bytes(self._tokens.decode_verbatim, self._tokens.vocabulary, reserved)
+        tokens = TextBoxTokens(ref, ref_end, box, box_end, self._text.stop_id)
+        return TextBoxGrammar(tokens, self._tokens.encode, texts, self._vocabulary)
 
     def lead_in(self, prompt: Prompt) -> Prompt | None:
         """Return the question for the regions that matter, if the chain of thought is on."""
@@ -130,7 +156,7 @@ class MedRega(PublishedFamily):
         return replace(self._view, tiled=most > 1, thumbnail=most > 1, min_tiles=1, max_tiles=most)
 
     def ask(self, prompt: Prompt, prepared: Prepared, projected: Feeds, *, constrained: bool = True) -> Question:
-        """Return the prompt's ids over the images' rows. There is no grammar yet: the model writes what it likes."""
+        """Return the prompt's ids over the images' rows; the grammar has places only where the task does."""
         asked: _Asked = prepared.state
         history = [
             (
@@ -147,12 +173,39 @@ class MedRega(PublishedFamily):
             history[0] = (self._turn(first, asked, False), history[0][1])
         ids = self._text.encode_prompt(question, tiles=asked.tiles, history=history)
         rows = projected.get("image_tokens", self._no_rows)
-        row = 0
+        written, row = tuple(ids), 0
         for at, index in enumerate(ids):
             if index == self._text.context_id:
                 ids[at] = self._vocabulary + row
                 row += 1
-        return Question(ids, {"image_tokens": rows}, self._grammar, self._text.stop_id)
+        if not constrained:
+            return Question(ids, {"image_tokens": rows}, self._free, self._text.stop_id, written_ids=written)
+        said = [question]
+        for (user, _), turn in zip(reversed(history), reversed(prompt.history), strict=True):
+            said += [turn.tagged_text, user]
+        named = self._may_name_places(prompt, len(asked.tiles))
+        grammar = self._grammar.knowing(self._known_places(said)) if named else self._grammar.without_places()
+        drafter = _Drafts(grammar, PhraseDrafts([self._tokens.encode(text, bos=False) for text in said]))
+        stop = self._text.stop_id
+        return Question(ids, {"image_tokens": rows}, grammar, stop, drafter=drafter, written_ids=written)
+
+    def _may_name_places(self, prompt: Prompt, images: int) -> bool:
+        """Return whether the task lets an answer have places; where only the owner's words say the task, it does."""
+        said = prompt.settings.keys() & _TASK_SETTINGS
+        if "task" not in said and ("dataset" in said or (IMAGE in prompt.text and not said)):
+            return True
+        return self._task(prompt, images) in _NAMING_PLACES
+
+    def _known_places(self, texts: Iterable[str]) -> list[KnownPlace]:
+        """Return the places with boxes in texts, which an answer may repeat."""
+        found = [piece for text in texts for piece in parse(text) if isinstance(piece, Found) and piece.boxes]
+        return [
+            KnownPlace(
+                tuple(self._tokens.encode(f"<ref>{place.name}</ref>", bos=False)[1:-1]),
+                tuple(number for box in place.boxes for number in box),
+            )
+            for place in found
+        ]
 
     def _typed(self, text: str) -> str:
         """Return what a user wrote: region tags are theirs to use, what steers the conversation is not."""

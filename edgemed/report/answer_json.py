@@ -33,9 +33,9 @@ def to_json(
     """Return the answer as a dict of plain JSON values, keys in the order of the contract.
 
     scan: None for a question without an image. path: the input as the user wrote it. more: the other images of the same
-    question, with their paths. with_tokens: add prompt_ids and generated_ids (lists of int). `notes` (what was left out
-    of the answer and why), `labels`, `findings`, `more_inputs` and what a prompt has beside its text and regions are
-    there only where there are some.
+    question, with their paths. with_tokens: add prompt_ids (as the family's own code writes them) and generated_ids
+    (without the end token). `notes` (what was left out of the answer and why), `labels`, `findings`, `more_inputs` and
+    what a prompt has beside its text and regions are there only where there are some.
     What is not known is null: UIDs, spacing, score, the mask of a region that has only a box, the window of a colour
     image, the area in mm2 without a spacing.
     Raises InvalidInput if a mask has another size than the scan.
@@ -58,7 +58,8 @@ def to_json(
     if answer.notes:
         written["notes"] = list(answer.notes)
     if with_tokens:
-        written["prompt_ids"] = [int(i) for i in answer.prompt_ids]
+        asked = answer.prompt_ids if answer.written_ids is None else answer.written_ids
+        written["prompt_ids"] = [int(i) for i in asked]
         written["generated_ids"] = [int(i) for i in answer.generated_ids]
     return written
 
