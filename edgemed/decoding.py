@@ -122,7 +122,8 @@ def decode(
         elif calls.count:
             start = next((i for i in range(len(feed)) if walk.keeps(first + i)), start)
         out = calls.run([*feed, *draft], logits_from=start)
-        prefill_ms = prefill_ms or calls.milliseconds
+        if calls.count == 1:
+            prefill_ms = calls.milliseconds
         before = calls.past - len(draft)
         stay = walk.take(out["logits"][0][len(feed) - 1 - start :], draft, before)
         stayed = stay.index - first  # so many tokens of this call are still part of prompt and answer

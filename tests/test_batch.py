@@ -94,9 +94,10 @@ def test_a_file_of_medrega_is_answered_as_by_the_authors_code(reference: Any, tm
     picture = {"image": f"image_{first['image']}.png"}
     with open_session(tiny.folder, "torch", "cpu", threads=1) as session:
         settings = settings_for(Lines("medrega", tmp_path), session, {"task": "none"})
-        asking = asker(session, tiny.folder, reader, limit=24, settings=settings)
+        options = InferOptions(max_new_tokens=24, grammar=False)  # the published code has none
+        asking = asker(session, tiny.folder, reader, options=options, settings=settings)
         found = lines(asking, tmp_path, *rows, {**picture, "conversations": given}, form="medrega")
-        own = asker(session, tiny.folder, reader, limit=24, settings=settings, own_history=True)
+        own = asker(session, tiny.folder, reader, options=options, settings=settings, own_history=True)
         repeated = lines(own, tmp_path, {**picture, "conversations": alone}, form="medrega")
     assert settings["compat"] == "reference"
     assert [line["pred_answer"] for line in found[:3]] == [tiny.prompts[case]["response"] for case in cases]
@@ -126,7 +127,8 @@ def test_a_file_of_medplib_is_answered_as_by_the_authors_code(reference: Any, tm
     ]
     with open_session(tiny.folder, "torch", "cpu", threads=1) as session:
         steps = max(tiny.expected(f"gen_{case}").shape[1] for case in cases)
-        asking = asker(session, tiny.folder, reader, limit=steps)
+        options = InferOptions(max_new_tokens=steps, grammar=False)  # the published code has none
+        asking = asker(session, tiny.folder, reader, options=options)
         found = lines(asking, tmp_path, *rows, form="medplib-vqa")
         (grounded,) = lines(asking, tmp_path, rows[2])
     assert [line["text"] for line in found] == [tiny.prompts[case]["response"] for case in cases]

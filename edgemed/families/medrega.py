@@ -9,6 +9,7 @@ Source of the behaviour: github xmed-lab/MedRegA at dfdb0db; tests/reference/med
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,6 +52,12 @@ _REGION = "<region>"
 _ROLES = ("vision_encoder", "projector", "decoder")
 _NAMING_PLACES = ("text2region", "grounded_report", "none")
 """Tasks whose answers have places; in those of the others they would be made up."""
+_ASKS_WHERE = re.compile(
+    r"<ref>|\b(where|locate|localise|localize|detect|find|outline|segment|point out|bounding box)\b"
+    r"|哪里|哪儿|在哪|什么位置|定位|检测|找出|标出|圈出",
+    re.IGNORECASE,
+)
+"""A question for places: it gets the base prompt of that task, and its answer may hold boxes."""
 _TASK_SETTINGS = {"task", "prompts", "dataset", "labels"}
 SETTINGS: Mapping[str, str] = {
     "compat": "reference (default): text as the published code shows it; corrected: without the numbers of boxes",
@@ -258,7 +265,9 @@ class MedRega(PublishedFamily):
             return "classification_multi" if labels.multi else "classification"
         if prompt.history or not images:
             return "none"
-        return "region2text" if prompt.regions else "text2region" if "<ref>" in prompt.text else "vqa"
+        if prompt.regions:
+            return "region2text"
+        return "text2region" if _ASKS_WHERE.search(prompt.text) else "vqa"
 
     def _labels(self, prompt: Prompt) -> LabelList | None:
         """Return the labels of a classification, or None. Raises what reading a file raises."""

@@ -201,13 +201,16 @@ def test_more_masks_than_fit_into_one_run_are_drawn_in_several(model: Model) -> 
 
 
 def test_an_answer_without_seg_has_no_mask(model: Model) -> None:
-    answer = model.session.ask(model.square, Prompt(asked(model, "vqa_demo")), InferOptions(max_new_tokens=24))
+    answer = model.session.ask(
+        model.square, Prompt(asked(model, "vqa_demo")), InferOptions(max_new_tokens=24, grammar=False)
+    )
     assert "<SEG>" not in answer.tagged_text
     assert answer.regions == ()
 
 
 def test_an_answer_with_seg_has_a_mask_with_its_box_and_estimate(model: Model) -> None:
-    answer = model.session.ask(model.wide, Prompt(asked(model, "ground_two_one_demo")), InferOptions(max_new_tokens=24))
+    options = InferOptions(max_new_tokens=24, grammar=False)
+    answer = model.session.ask(model.wide, Prompt(asked(model, "ground_two_one_demo")), options)
     (region,) = answer.regions
     assert region.mask is not None
     assert (region.label, region.mask.shape) == ("liver", (150, 300))
@@ -225,9 +228,29 @@ def asked(model: Model, case: str) -> str:
 def test_text_keeps_seg_only_where_it_is_tagged(model: Model, case: str) -> None:
     stored = model.tiny.arrays.prompts[case]
     scan = model.tiny.scan(stored["image"])
-    answer = model.session.ask(scan, Prompt(asked(model, case)), InferOptions(max_new_tokens=24))
+    answer = model.session.ask(scan, Prompt(asked(model, case)), InferOptions(max_new_tokens=24, grammar=False))
     assert answer.tagged_text == stored["response"]
     assert not any(token.content in answer.text for token in model.text.tokens.added)
+
+
+@pytest.mark.parametrize("region", [(), (BOX,)], ids=["question", "region"])
+def test_an_answer_is_text_and_seg(model: Model, region: tuple[PromptRegion, ...]) -> None:
+    prompt = Prompt("Where?", region)
+    prepared = model.family.prepare((model.square,), prompt)
+    rows = {"image_tokens": np.zeros((PATCHES, model.width)), "region_tokens": np.zeros((16, model.width))}
+    grammar = model.family.ask(prompt, prepared, rows).grammar
+    state = grammar.start()
+    ends = [model.text.stop_id]
+    assert not grammar.allowed(state)[ends]
+    for token in (model.text.seg_id, *model.text.tokens.encode("It is", bos=False), model.text.seg_id):
+        state = grammar.advance(state, token)
+    tokens = model.text.tokens
+    named = {token.id for token in tokens.added}
+    allowed = set(np.flatnonzero(grammar.allowed(state)).tolist())
+    assert allowed & named == {model.text.seg_id, model.text.stop_id}
+    assert set(range(tokens.pieces)) - named <= allowed
+    free = model.family.ask(prompt, prepared, rows, constrained=False).grammar
+    assert free.allowed(free.start()).all()
 
 
 # --- masks in scan pixels ---------------------------------------------------------------------------------------------

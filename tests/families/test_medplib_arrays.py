@@ -52,7 +52,7 @@ ELSEWHERE = {
 HERE_TOO = [name for name in STORED if not any(re.fullmatch(pattern, name) for pattern in ELSEWHERE)]
 LIKELIEST = [name for name in STORED if name.startswith("argmax_")]
 BINARY = [name for name in STORED if "mask_binary_" in name]
-LIMIT = InferOptions(max_new_tokens=24)
+LIMIT = InferOptions(max_new_tokens=24, grammar=False)
 UI = {
     "ui_point": PromptRegion("point", point=(150.5, 70.5)),
     "ui_point_corner": PromptRegion("point", point=(235.0, 3.0)),

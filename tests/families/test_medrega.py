@@ -11,9 +11,9 @@ import pytest
 
 from edgemed.core import Answer, Box, Prompt, PromptRegion, Scan, Turn
 from edgemed.errors import InvalidInput
-from edgemed.families import Family, Reading, Written
+from edgemed.families import Family, Question, Reading, Written
 from edgemed.families.medrega_prompts import BASE_PROMPTS, default_prompt, regional_question
-from edgemed.families.medrega_text import MedRegaText
+from edgemed.families.medrega_text import Found, MedRegaText, parse
 from edgemed.families.published_tokens import TOKENIZER, PublishedTokens
 from edgemed.infer import InferOptions, Session
 
@@ -233,6 +233,109 @@ def test_a_setting_that_is_not_known_is_refused(model: Model, name: str, value: 
         model.ids(Prompt("What?", settings={name: value}), model.square)
 
 
+# --- what may be answered ---------------------------------------------------------------------------------------------
+
+
+def question_of(model: Model, prompt: Prompt, scans: tuple[Scan, ...], *, constrained: bool = True) -> Question:
+    return model.family.ask(prompt, model.family.prepare(scans, prompt), {}, constrained=constrained)
+
+
+def may_name_places(question: Question, model: Model) -> bool:
+    grammar = question.grammar
+    return bool(grammar.allowed(grammar.start())[model.text.tokens.id_of("<ref>")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"task": "vqa"}, False),
+        ({"task": "vqa_multiple_choice"}, False),
+        ({"task": "report"}, False),
+        ({"task": "classification"}, False),
+        ({"task": "classification_multi"}, False),
+        ({"task": "region2text"}, False),
+        ({"task": "text2region"}, True),
+        ({"task": "grounded_report"}, True),
+        ({"task": "none"}, True),
+        ({"labels": "isic2016"}, False),
+        ({"dataset": "own"}, True),
+        ({"dataset": "own", "task": "vqa"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_places_are_allowed_only_where_the_task_has_some(
+    model: Model, settings: dict[str, str], expected: bool, tmp_path: Path
+) -> None:
+    if "dataset" in settings:
+        (tmp_path / "meta.json").write_text('{"own": {"base_prompt": "Answer."}}')
+        settings = {**settings, "prompts": str(tmp_path / "meta.json")}
+    question = question_of(model, Prompt("Is it large?", settings=settings), (model.square,))
+    assert may_name_places(question, model) == expected
+
+
+def test_what_the_question_says_decides_whether_places_are_allowed(model: Model) -> None:
+    for prompt, expected in (
+        (Prompt("Where is the <ref>liver</ref>?"), True),
+        (Prompt("Where is the liver?"), True),
+        (Prompt("肝脏在哪里？", language="zh"), True),
+        (Prompt("Is the liver large?"), False),
+        (Prompt("What is this?", (BOX,)), False),
+        (Prompt("<image>\nWhere is it?"), True),  # the whole turn is the user's, and says no task
+        (Prompt("Is it <image> large?", settings={"labels": "isic2016"}), False),
+        (Prompt("And where?", history=(Turn("Is it large?", "Yes", "Yes"),)), True),
+    ):
+        assert may_name_places(question_of(model, prompt, (model.square,)), model) == expected, prompt
+    assert may_name_places(question_of(model, Prompt("What is a cyst?"), ()), model)
+    lead = model.family.lead_in(Prompt("Is it large?", settings={"cot": "on", "task": "vqa"}))
+    assert lead is not None
+    assert may_name_places(question_of(model, lead, (model.square,)), model)
+
+
+def test_without_a_grammar_the_model_writes_what_it_likes(model: Model) -> None:
+    question = question_of(model, Prompt("Is it large?"), (model.square,), constrained=False)
+    allowed = question.grammar.allowed(question.grammar.start())
+    assert np.flatnonzero(~allowed).tolist() == [model.text.stop_id]
+    assert question.drafter is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "draft"),
+    [
+        (Prompt("Is <region> the liver?", (BOX,), settings={"task": "none"}), "<ref>liver</ref>", BOX_TEXT[15:]),
+        (
+            Prompt("And where?", history=(Turn("Where?", "", BOXED),)),
+            "<ref>liver</ref><box>[[0, 0, 499",
+            ", 999], [500, 100, 999, 200]]</box>",
+        ),
+        (Prompt("Where is the <ref>liver</ref>?"), "<ref>", "liver</ref>?"),
+        (Prompt("Where is the <ref>liver</ref>?"), "<ref>liver</ref>", ""),
+    ],
+    ids=["region", "history", "name", "nothing known"],
+)
+def test_what_is_known_is_proposed(model: Model, prompt: Prompt, written: str, draft: str) -> None:
+    question = question_of(model, prompt, (model.square,))
+    state = question.grammar.start()
+    ids = model.text.tokens.encode(written)
+    for token in ids:
+        state = question.grammar.advance(state, token)
+    assert question.drafter is not None
+    assert model.text.tokens.decode_verbatim(question.drafter.propose(ids, state, {})) == draft
+
+
+@pytest.mark.parametrize(("name", "wide"), [("liver", False), ("spleen", True)])
+def test_every_place_of_an_answer_is_read_as_it_was_written(model: Model, name: str, wide: bool) -> None:
+    scan, prompt = model.wide if wide else model.square, Prompt(f"Where is the <ref>{name}</ref>?")
+    options = InferOptions(max_new_tokens=120)
+    answer, plain = (model.session.ask(scan, prompt, replace(options, decode=way)) for way in ("auto", "plain"))
+    assert answer.generated_ids == plain.generated_ids
+    assert answer.provenance.tokens["decoder_calls"] < plain.provenance.tokens["decoder_calls"]
+    written = [piece for piece in parse(answer.tagged_text) if isinstance(piece, Found)]
+    assert len(written) == answer.generated_ids.count(model.text.tokens.id_of("<ref>")) > 0
+    assert len(answer.regions) == sum(len(place.boxes) for place in written) > 0
+    assert not any("is no box" in note for note in answer.notes)
+
+
 # --- what is answered -------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +415,7 @@ def test_text_of_an_answer_is_the_authors(model: Model, case: str) -> None:
     asked = model.answers[case]
     scans = [] if asked["image"] is None else [model.square if asked["image"] == "square" else model.wide]
     prompt = Prompt(asked["question"], settings={"task": "none"})
-    answer = model.session.ask(scans, prompt, InferOptions(max_new_tokens=24))
+    answer = model.session.ask(scans, prompt, InferOptions(max_new_tokens=24, grammar=False))
     assert answer.text == asked["response"]
     written = asked["raw_response"].removesuffix("<|im_end|>")  # its decoder puts spaces around tokens
     assert answer.tagged_text.replace(" ", "") == written.replace(" ", "")

@@ -120,7 +120,9 @@ class Compared:
         history = (Turn(first["question"], first["response"], first["raw_response"]),) if "history" in case else ()
         prompt = Prompt(asked[case]["question"], settings=settings, history=history)
         scans = [self.tiny.scan(picture.removeprefix("tiles_")) for picture in self.pictures(case)]
-        answer: Answer = self.tiny.session.ask(scans, prompt, InferOptions(max_new_tokens=24, beams=beams))
+        answer: Answer = self.tiny.session.ask(
+            scans, prompt, InferOptions(max_new_tokens=24, beams=beams, grammar=False)
+        )
         return answer
 
     def written(self, case: str, beams: int = 1) -> list[int]:
