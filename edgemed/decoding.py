@@ -143,8 +143,7 @@ def decode(
             run = walk.force()
             forced += len(run)
             feed += run
-            if not (walk.finished or options.router):
-                draft = walk.draft(drafter, guesses)
+            draft = [] if options.router else walk.draft(drafter, guesses)
         if walk.finished and not any(walk.keeps(len(walk.ids) - 1 - i) for i in range(len(feed))):
             break
     end = walk.end
