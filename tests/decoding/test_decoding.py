@@ -154,6 +154,24 @@ def test_whatever_the_logits_everything_decoded_can_be_read(seed: int, temperatu
     assert all(p <= 0 for p in decoded.log_probs)
 
 
+@pytest.mark.slow
+def test_ten_thousand_random_answers_can_be_read() -> None:
+    boxes = BoxGrammar(TOKENS, VOCABULARY)
+    known = boxes.knowing({(n,): ((1, 2, 5, 6), (0, 0, 3, 9)) for n in range(FIRST + BINS, VOCABULARY, 2)})
+    drafter = PhraseDrafts([(REF, 25, REF_END, BOX, FIRST + 1, FIRST + 2, FIRST + 5, FIRST + 6, BOX_END, SEG)])
+    places = 0
+    for seed in range(10_000):
+        rng = np.random.default_rng(seed)
+        table = rng.normal(0, 2, (64, VOCABULARY))
+        table[:, [REF, REF_END]] += 2
+        runner = FakeRunner(lambda seen, table=table: table[(len(seen) * 7 + seen[-1]) % 64])
+        runner.may_go_back = True
+        options = {"max_new_tokens": 30, "temperature": float(seed % 5 == 0)}
+        decoded = run(runner, known if seed % 2 else boxes, drafter if seed % 3 else None, **options)
+        places += check_parses(decoded.ids)
+    assert places > 1000
+
+
 def test_random_logits_do_write_boxes() -> None:
     grammar = BoxGrammar(TOKENS, VOCABULARY)
     assert sum(check_parses(run(noise(seed), grammar, temperature=1.0).ids) for seed in range(60)) > 20
