@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import cast, get_args
 
 import numpy as np
@@ -275,7 +276,10 @@ class MedRega(PublishedFamily):
         if wanted is None:
             return None
         multi = prompt.settings.get("task") == "classification_multi"
-        return label_lists().get(wanted) or read_labels(wanted, multi=multi)
+        known = label_lists()
+        if wanted not in known and not Path(wanted).exists():
+            raise InvalidInput(f"labels is {wanted!r}: no file, and no data set of {', '.join(sorted(known))}")
+        return known.get(wanted) or read_labels(wanted, multi=multi)
 
     def _with_regions(self, question: str, regions: Sequence[PromptRegion], language: Language, asked: _Asked) -> str:
         """Return the question with the regions' boxes as text, at each `<region>`, the rest at the end."""
