@@ -81,7 +81,7 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Drafts:
+class Drafts:
     """Guesses at an answer: known boxes inside a box, phrases of the conversation elsewhere; see `drafts.Drafter`."""
 
     grammar: TextBoxGrammar
@@ -193,7 +193,7 @@ class MedRega(PublishedFamily):
             said += [turn.tagged_text, user]
         named = self._may_name_places(prompt, len(asked.tiles))
         grammar = self._grammar.knowing(self._known_places(said)) if named else self._grammar.without_places()
-        drafter = _Drafts(grammar, PhraseDrafts([self._tokens.encode(text, bos=False) for text in said]))
+        drafter = Drafts(grammar, PhraseDrafts([self._tokens.encode(text, bos=False) for text in said]))
         stop = self._text.stop_id
         return Question(ids, {"image_tokens": rows}, grammar, stop, drafter=drafter, written_ids=written)
 
