@@ -2,7 +2,8 @@
 
 Covers prefill, steps and several tokens on top of a cache, in one graph: grouped-query attention with an in-place
 cache, fused norms, experts in place of a layer's MLP, logits from a given position on, the hidden states, and the box
-draft. Does not cover TensorRT, which has none of these operators, nor batches above 1.
+draft. Does not cover TensorRT, which has none of these operators (`portable_decoder` builds on what is here), nor
+batches above 1.
 
 Nothing is traced: the arithmetic is that of `edgemed.models.llama` and `edgemed.models.moe`, node by node, and the
 parity test compares the two. Weights are read one at a time, so that a decoder larger than the memory can be written.
@@ -32,7 +33,7 @@ Array = npt.NDArray[Any]
 Tensors = Mapping[str, Any]
 
 _LENGTHS = ("seqlens_k", "total_sequence_length")
-_ROPE = ("rope_cos", "rope_sin")
+ROPE = ("rope_cos", "rope_sin")
 _TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -58,13 +59,16 @@ def build_decoder_graph(
 
     Raises InvalidInput where a tensor is missing or has another shape than `config` says.
     """
-    return _Builder(config, tensors, spec, experts or [1] * config.layers, writer or GraphWriter()).build(
+    return DecoderBuilder(config, tensors, spec, experts or [1] * config.layers, writer or GraphWriter()).build(
         embedding_dtype
     )
 
 
-class _Builder:
-    """Adds the parts of a decoder to a GraphWriter. A method adds one part and returns the name of what it computes."""
+class DecoderBuilder:
+    """Adds the parts of a decoder to a GraphWriter. A method adds one part and returns the name of what it computes.
+
+    What another dialect writes in other operators has a method with a public name.
+    """
 
     def __init__(
         self, config: LlamaConfig, tensors: Tensors, spec: GraphSpec, experts: Sequence[int], writer: GraphWriter
@@ -82,9 +86,9 @@ class _Builder:
     def build(self, embedding_dtype: str) -> onnx.ModelProto:
         """Return the model."""
         c = self.config
-        self._positions()
+        self.positions()
         x = self._embed(embedding_dtype)  # [1, sequence, width]
-        normed = self._norm(x, "layers.0.attention_norm")
+        normed = self.norm(x, "layers.0.attention_norm")
         for i in range(c.layers):
             x, normed = self._layer(i, x, normed)
         self._ends(normed)
@@ -92,19 +96,23 @@ class _Builder:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _positions(self) -> None:
+    def positions(self) -> None:
         """Compute what every attention node needs: the cache's length after this call (seqlens_k: less 1), tables."""
-        c = self.config
         sequence = self.node("Shape", ["input_ids"], "sequence", start=1, end=2)  # [1]
         total = self.node("Add", ["past_length", sequence], "total")  # [1]
         last = self.node("Sub", [total, self.constant("one", np.array([1]))], "last")
         self.node("Cast", [last], _LENGTHS[0], to=TensorProto.INT32)  # [1]: batch of one
         total_int32 = self.node("Cast", [total], "total_int32", to=TensorProto.INT32)
         self.node("Squeeze", [total_int32], _LENGTHS[1])  # a scalar
+        self.tables()
+
+    def tables(self) -> None:
+        """Store cosine and sine of every position's angles, float32 [cache, head_dim / 2], as `ROPE`."""
+        c = self.config
         exponent = np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim
         angle = np.arange(self.cache, dtype=np.float64)[:, None] * c.rope_theta**-exponent  # [cache, head_dim / 2]
-        self.constant(_ROPE[0], np.cos(angle).astype(np.float32))
-        self.constant(_ROPE[1], np.sin(angle).astype(np.float32))
+        self.constant(ROPE[0], np.cos(angle).astype(np.float32))
+        self.constant(ROPE[1], np.sin(angle).astype(np.float32))
 
     def _embed(self, dtype: str) -> str:
         """Return [1, sequence, width]: embedding rows, or rows of image_tokens where the id is past the vocabulary."""
@@ -131,10 +139,26 @@ class _Builder:
         """Add layer i. Return (residual stream after it, its norm for what follows)."""
         c, p = self.config, f"layers.{i}."
         heads = c.heads + 2 * c.kv_heads
-        qkv = self._linear(normed, p + "qkv", heads * c.head_dim, c.width)  # [1, sequence, heads * head_dim]
-        mixed = self.node(
+        qkv = self.linear(normed, p + "qkv", heads * c.head_dim, c.width)  # [1, sequence, heads * head_dim]
+        mixed = self.add_attention(qkv, p, i)
+        last = i == c.layers - 1
+        if last:  # from here on only the positions that are returned are needed
+            mixed, x = self.kept(mixed, p + "mixed_kept"), self.kept(x, p + "residual_kept")
+        attended = self.linear(mixed, p + "out", c.width, c.heads * c.head_dim)
+        normed, x = self.add_norm(attended, x, p + "mlp_norm")
+        mlp = self.swiglu(normed, p) if self.experts[i] == 1 else self._mixture(normed, p + "mlp.", i)
+        normed, x = self.add_norm(mlp, x, "norm" if last else f"layers.{i + 1}.attention_norm")
+        return x, normed
+
+    def add_attention(self, qkv: str, p: str, i: int) -> str:
+        """Return [1, sequence, heads * head_dim]: attention of layer i over the cache, which gets this call's tokens.
+
+        qkv: queries, keys and values before the rotation, [1, sequence, (heads + 2 kv_heads) * head_dim].
+        """
+        c = self.config
+        return self.node(
             "GroupQueryAttention",
-            [qkv, "", "", f"past_key_{i}", f"past_value_{i}", *_LENGTHS, *_ROPE],
+            [qkv, "", "", f"past_key_{i}", f"past_value_{i}", *_LENGTHS, *ROPE],
             p + "mixed",
             more_outputs=[f"present_key_{i}", f"present_value_{i}"],
             domain=FUSED,
@@ -144,60 +168,68 @@ class _Builder:
             rotary_interleaved=0,
             scale=c.head_dim**-0.5,
         )
-        last = i == c.layers - 1
-        if last:  # from here on only the positions that are returned are needed
-            mixed, x = self._kept(mixed, p + "mixed_kept"), self._kept(x, p + "residual_kept")
-        attended = self._linear(mixed, p + "out", c.width, c.heads * c.head_dim)
-        normed, x = self._add_norm(attended, x, p + "mlp_norm")
-        mlp = self._swiglu(normed, p) if self.experts[i] == 1 else self._mixture(normed, p + "mlp.", i)
-        normed, x = self._add_norm(mlp, x, "norm" if last else f"layers.{i + 1}.attention_norm")
-        return x, normed
 
-    def _swiglu(self, x: str, p: str) -> str:
+    def swiglu(self, x: str, p: str) -> str:
         """Return down(silu(gate(x)) * up(x)) with the weights under the prefix `p`, any shape [..., width]."""
         c = self.config
-        gate_up = self._linear(x, p + "gate_up", 2 * c.inner, c.width)
+        gate_up = self.linear(x, p + "gate_up", 2 * c.inner, c.width)
         gate, up = p + "gate", p + "up"
         self.node("Split", [gate_up], gate, more_outputs=[up], axis=-1, num_outputs=2)
-        silu = self.node("QuickGelu", [gate], p + "silu", domain=FUSED, alpha=1.0)  # x * sigmoid(x)
-        inner = self.node("Mul", [silu, up], p + "inner")
-        return self._linear(inner, p + "down", c.width, c.inner)
+        inner = self.node("Mul", [self.silu(gate, p + "silu"), up], p + "inner")
+        return self.linear(inner, p + "down", c.width, c.inner)
+
+    def silu(self, x: str, name: str) -> str:
+        """Return x * sigmoid(x)."""
+        return self.node("QuickGelu", [x], name, domain=FUSED, alpha=1.0)
 
     def _mixture(self, x: str, p: str, i: int) -> str:
         """Return [1, tokens, width]: each token through the one expert that the router prefers, times its probability.
 
-        Each expert gets its own tokens only. One that has none multiplies an empty matrix, for which the runtime reads
-        no weight: a decoding step costs one expert, a prefill as many products as a dense model. The router is never
-        rounded: margins of 2e-4 between two experts occur.
+        The router is never rounded: margins of 2e-4 between two experts occur.
         """
         c, count = self.config, self.experts[i]
         read = self.tensor(p + "router.weight", count, c.width)
         router = self.writer.weight(p + "router.weight", count * c.width, lambda: read().T)
-        logits = self.node("MatMul", [x, router], p + "router.logits")
+        logits = self.router_logits(x, router, p + "router.logits")
         probabilities = self.node("Softmax", [logits], p + "router.probabilities", axis=-1)  # [1, tokens, experts]
         last = i == c.layers - 1  # its tokens are cut to those that are returned already
-        self.routed.append(probabilities if last else self._kept(probabilities, p + "router.kept"))
+        self.routed.append(probabilities if last else self.kept(probabilities, p + "router.kept"))
         chosen = self.node("ArgMax", [probabilities], p + "chosen", axis=-1, keepdims=0)  # [1, tokens]
         best = self.node("ReduceMax", [probabilities, self.constant("last_axis", np.array([-1]))], p + "best")
         rows = self.node("Squeeze", [x, self.constant("axis_0", np.array([0]))], p + "rows")  # [tokens, width]
         first = self.node("Squeeze", [chosen, "axis_0"], p + "expert_of_row")  # [tokens]
-        places, parts = [], []
-        for e in range(count):
-            mine = self.node("Equal", [first, self.constant(f"expert_{e}", np.array(e))], f"{p}mine.{e}")
-            places.append(self.node("Transpose", [self.node("NonZero", [mine], f"{p}nonzero.{e}")], f"{p}places.{e}"))
-            own = self.node("GatherND", [rows, places[-1]], f"{p}own.{e}")  # [tokens of this expert, width]
-            parts.append(self._swiglu(own, f"{p}experts.{e}."))
-        order = self.node("Concat", places, p + "order", axis=0)  # [tokens, 1]
-        sorted_rows = self.node("Concat", parts, p + "by_expert", axis=0)
-        merged = self.node("ScatterND", [rows, order, sorted_rows], p + "merged")  # every row is replaced
+        mine = [
+            self.node("Equal", [first, self.constant(f"expert_{e}", np.array(e))], f"{p}mine.{e}") for e in range(count)
+        ]
+        merged = self.merge_experts(rows, mine, p)
         whole = self.node("Unsqueeze", [merged, "axis_0"], p + "whole")
         return self.node("Mul", [whole, best], p + "out")
+
+    def router_logits(self, x: str, router: str, name: str) -> str:
+        """Return x @ router [width, experts] in float32."""
+        return self.node("MatMul", [x, router], name)
+
+    def merge_experts(self, rows: str, mine: Sequence[str], p: str) -> str:
+        """Return [tokens, width]: every row through the expert e for which mine[e], bool [tokens], holds.
+
+        Each expert gets its own tokens only. One that has none multiplies an empty matrix, for which the runtime reads
+        no weight: a decoding step costs one expert, a prefill as many products as a dense model.
+        """
+        places, parts = [], []
+        for e, own_rows in enumerate(mine):
+            nonzero = self.node("NonZero", [own_rows], f"{p}nonzero.{e}")
+            places.append(self.node("Transpose", [nonzero], f"{p}places.{e}"))
+            own = self.node("GatherND", [rows, places[-1]], f"{p}own.{e}")  # [tokens of this expert, width]
+            parts.append(self.swiglu(own, f"{p}experts.{e}."))
+        order = self.node("Concat", places, p + "order", axis=0)  # [tokens, 1]
+        sorted_rows = self.node("Concat", parts, p + "by_expert", axis=0)
+        return self.node("ScatterND", [rows, order, sorted_rows], p + "merged")  # every row is replaced
 
     def _ends(self, hidden: str) -> None:
         """Add the graph's outputs: hidden, logits, the box draft, what the routers said, all [1, kept, ...]."""
         c = self.config
         self.node("Identity", [hidden], "hidden")
-        self._linear(hidden, "embedding" if c.tied else "head", c.vocabulary, c.width, stored="head", output="logits")
+        self.linear(hidden, "embedding" if c.tied else "head", c.vocabulary, c.width, stored="head", output="logits")
         if self.routed:
             axis = self.constant("axis_2", np.array([2]))
             per_layer = [self.node("Unsqueeze", [r, axis], f"{r}.layer") for r in self.routed]
@@ -205,30 +237,35 @@ class _Builder:
         if not self.draft:
             return
         rank = c.draft_rank
-        mapped = self._linear(hidden, "box_draft.map", SIDES * rank, c.width)
+        mapped = self.linear(hidden, "box_draft.map", SIDES * rank, c.width)
         shape = self.constant("draft_shape", np.array([0, 0, SIDES, rank]))
         per_side = self.node("Reshape", [mapped, shape], "draft_per_side")  # [1, kept, 4, rank]
         table = as_float32(self.tensor("box_draft.table", c.bins, rank)())
-        scores = self.node("MatMul", [per_side, self.constant("box_draft.table", table.T)], "draft_scores")
+        scores = self.draft_scores(per_side, table.T)
         self.node("ArgMax", [scores], "box_draft", axis=-1, keepdims=0)
+
+    def draft_scores(self, x: str, table: Array) -> str:
+        """Return x @ table [rank, bins] in float32."""
+        return self.node("MatMul", [x, self.constant("box_draft.table", table)], "draft_scores")
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
-    def _linear(self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "") -> str:
+    def linear(self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "") -> str:
         """Return x @ weight.T for the [rows, columns] tensor `name`.weight."""
         read = self.tensor(f"{name}.weight", rows, columns)
         return self.writer.matmul(x, f"{stored or name}.weight", rows, columns, read, output or f"{name}.output")
 
-    def _norm(self, x: str, name: str) -> str:
-        scale = self._scale(name)
+    def norm(self, x: str, name: str) -> str:
+        """Return x / rms(x) * weight over the last dim."""
+        scale = self.scale(name)
         eps = self.config.norm_eps
         return self.node(
             "SimplifiedLayerNormalization", [x, scale], f"{name}.output", axis=-1, epsilon=eps, stash_type=1
         )
 
-    def _add_norm(self, x: str, residual: str, name: str) -> tuple[str, str]:
+    def add_norm(self, x: str, residual: str, name: str) -> tuple[str, str]:
         """Return (norm of x + residual, x + residual)."""
-        scale = self._scale(name)
+        scale = self.scale(name)
         total = f"{name}.sum"
         normed = self.node(
             "SkipSimplifiedLayerNormalization",
@@ -240,12 +277,13 @@ class _Builder:
         )
         return normed, total
 
-    def _kept(self, x: str, name: str) -> str:
+    def kept(self, x: str, name: str) -> str:
         """Return x [1, sequence, width] from position logits_from on."""
         end = self.constant("to_the_end", np.array([_TO_THE_END]))
         return self.node("Slice", [x, "logits_from", end, self.constant("axis_1", np.array([1]))], name)
 
-    def _scale(self, name: str) -> str:
+    def scale(self, name: str) -> str:
+        """Store the weight of a norm and return its name."""
         return self.constant(f"{name}.weight", as_float32(self.tensor(f"{name}.weight", self.config.width)()))
 
     def tensor(self, name: str, *shape: int) -> Callable[[], Array]:

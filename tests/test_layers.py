@@ -57,7 +57,7 @@ OUTSIDE = {
     "batch": set[str](),
     "retrieval": {"numpy"},
     "evaluation": {"numpy", "nibabel", "pydicom"},  # the last two inside functions
-    "calibration": {"numpy", "onnx", "onnxruntime"},
+    "calibration": {"numpy", "onnx", "onnxruntime", "pydicom"},
     "decoding": {"numpy"},
     "beam_search": {"numpy"},
     "training": {"numpy", "accelerate", "matplotlib", "nibabel", "PIL", "pydicom", "tokenizers", *TORCH},

@@ -17,6 +17,7 @@ import stat
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from edgemed.errors import BundleError, CannotRead, CannotWrite
 
@@ -115,7 +116,7 @@ def _open_to_others(info: os.stat_result) -> str:
     return "can be read or written by other users" if info.st_mode & 0o077 else ""
 
 
-def _header(line: bytes) -> dict[str, str] | None:
+def _header(line: bytes) -> dict[str, Any] | None:
     """Return the values of a header, or None if it is not one."""
     try:
         values = json.loads(line)

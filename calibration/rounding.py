@@ -1,0 +1,71 @@
+"""Rounding weights so that outputs, not weights, stay close: each column's error is made good by the columns after it.
+
+Covers integers with given scales, and the sums over real activations that it needs. Source: Frantar et al., "GPTQ:
+accurate post-training quantization for generative pre-trained transformers", ICLR 2023, without reordering of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edgemed.calibration.graph_run import GraphRun
+from edgemed.errors import NoInput
+from edgemed.graphs import Feeds, GraphSpec
+
+Floats = npt.NDArray[np.float32]
+
+_DAMPING = 0.01  # of the mean square, added to every square: directions that no slice showed keep their weights
+_COLUMNS = 128  # rounded before what they lost reaches the columns beyond them
+
+
+def measure_products(
+    model: onnx.ModelProto,
+    spec: GraphSpec,
+    tensors: Mapping[str, int],
+    sequences: Sequence[Sequence[Feeds]],
+    *,
+    threads: int | None = None,
+) -> dict[str, Floats]:
+    """Return, for each of `tensors`, the sum of x xT over all places and calls: [inputs, inputs].
+
+    tensors: name -> the axis of the inputs (`qdq.products_wanted`). Raises NoInput where there are no calls.
+    """
+    if not any(sequences):
+        raise NoInput(f"graph {spec.role} has no feeds to calibrate on; ask questions that lead to it")
+    fed = {t.name for t in spec.inputs}
+    sums: dict[str, Floats] = {}
+    run = GraphRun(model, spec, extra=[name for name in tensors if name not in fed], threads=threads)
+    flat = [feeds for sequence in sequences for feeds in sequence]
+    for feeds, outputs in zip(flat, run.run_all(sequences), strict=True):
+        for name, axis in tensors.items():
+            rows: npt.NDArray[Any] = np.moveaxis(feeds[name] if name in feeds else outputs[name], axis, -1)
+            rows = rows.reshape(-1, rows.shape[-1]).astype(np.float32)
+            sums[name] = sums.get(name, np.float32(0)) + rows.T @ rows
+    return sums
+
+
+def rounded(weights: Floats, scales: Floats, products: Floats, lowest: float, highest: float) -> Floats:
+    """Return whole numbers [outputs, inputs] in lowest..highest whose products with `scales` stand for `weights`.
+
+    scales: [outputs, inputs], that of each weight. products: of the inputs, as `measure_products` gives them.
+    """
+    exact = products.astype(np.float64)
+    mean = float(np.diag(exact).mean()) or 1.0
+    exact[np.diag_indices_from(exact)] += _DAMPING * mean
+    inverse = np.linalg.cholesky(np.linalg.inv(exact)).T.astype(np.float32)  # upper triangle
+    left = weights.astype(np.float32).copy()
+    values = np.empty_like(left)
+    for start in range(0, left.shape[1], _COLUMNS):
+        end = min(start + _COLUMNS, left.shape[1])
+        lost = np.empty((len(left), end - start), np.float32)
+        for i in range(start, end):
+            values[:, i] = np.rint(left[:, i] / scales[:, i]).clip(lowest, highest)
+            lost[:, i - start] = (left[:, i] - values[:, i] * scales[:, i]) / inverse[i, i]
+            left[:, i + 1 : end] -= np.outer(lost[:, i - start], inverse[i, i + 1 : end])
+        left[:, end:] -= lost @ inverse[start:end, end:]
+    return values

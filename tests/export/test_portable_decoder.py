@@ -1,0 +1,211 @@
+"""The decoder of standard operators against the fused graph and torch: prefill, steps, chunks, roll-back, experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgemed.backends import Runner, open_runner
+from edgemed.box_grammar import BoxGrammar, BoxTokens
+from edgemed.decoding import DecodeOptions, decode
+from edgemed.errors import InvalidInput
+from edgemed.export.decoder_graph import build_decoder_graph
+from edgemed.export.graph_writer import GraphWriter, MatrixFormat, WeightFile
+from edgemed.export.portable_decoder import build_portable_decoder, portable_spec
+from edgemed.families.specs import decoder_spec
+from edgemed.graphs import DimRange, GraphSpec
+from edgemed.models.llama import Llama, LlamaConfig
+from edgemed.models.moe import MoeLlama
+
+CACHE, ROWS, VOCABULARY, WIDTH = 64, 7, 130, 64
+SIZES: dict[str, Any] = {"vocabulary": VOCABULARY, "width": WIDTH, "layers": 3, "inner": 96}
+CASES = {
+    "native": (LlamaConfig(**SIZES, first_coordinate=11, heads=6, kv_heads=2, head_dim=16, bins=100, draft_rank=8), ()),
+    "grouped": (LlamaConfig(**SIZES, heads=14, kv_heads=2, head_dim=16, rope_theta=5e6, tied=False, bins=0), ()),
+    "two experts": (LlamaConfig(**SIZES, heads=4, kv_heads=4, head_dim=16, tied=False, bins=0), (2, 1, 2)),
+    "three experts": (LlamaConfig(**SIZES, heads=4, kv_heads=4, head_dim=16, tied=False, bins=0), (1, 3, 1)),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+IMAGE = np.random.default_rng(1).normal(0, 0.3, (ROWS, WIDTH)).astype(np.float32)
+IDS = [1, *range(VOCABULARY, VOCABULARY + ROWS), *np.random.default_rng(2).integers(0, VOCABULARY, 40).tolist()]
+
+
+def make(case: str) -> Llama:
+    """A model whose weights are large enough for attention, MLP and routers to matter."""
+    config, experts = CASES[case]
+    torch.manual_seed(0)
+    model = (MoeLlama(config, experts) if experts else Llama(config)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(40.0 if "router" in name else 4.0) if p.ndim == 2 else p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def spec_of(case: str) -> GraphSpec:
+    config, experts = CASES[case]
+    return decoder_spec(
+        config, image_rows=DimRange(1, ROWS, ROWS), cache=CACHE, draft=config.bins > 0, experts=experts
+    )  # fmt: skip
+
+
+def weights(model: Llama) -> dict[str, np.ndarray]:
+    return {k: v.numpy() for k, v in model.state_dict().items()}
+
+
+def portable(case: str, model: Llama, dtype: str = "fp32", **options: Any) -> onnx.ModelProto:
+    return build_portable_decoder(
+        model.config, weights(model), spec_of(case), dtype=dtype, experts=CASES[case][1], **options
+    )  # fmt: skip
+
+
+def open_graph(graph: onnx.ModelProto, spec: GraphSpec, path: Path) -> Runner:
+    onnx.save(graph, path)
+    return open_runner("onnxruntime", path, spec, device="cpu", threads=1)
+
+
+def open_portable(case: str, model: Llama, folder: Path, dtype: str = "fp32") -> Runner:
+    return open_graph(portable(case, model, dtype), portable_spec(spec_of(case), dtype), folder / f"{dtype}.onnx")
+
+
+def open_fused(case: str, model: Llama, folder: Path) -> Runner:
+    graph = build_decoder_graph(
+        model.config, weights(model), spec_of(case), embedding_dtype="float32", experts=CASES[case][1]
+    )
+    return open_graph(graph, spec_of(case), folder / "fused.onnx")
+
+
+def feed(ids: list[int], past: int, logits_from: int) -> dict[str, np.ndarray]:
+    return {
+        "input_ids": np.array([ids], np.int64),
+        "image_tokens": IMAGE,
+        "past_length": np.array([past], np.int64),
+        "logits_from": np.array([logits_from], np.int64),
+    }
+
+
+def by_torch(model: Llama, ids: list[int]) -> dict[str, np.ndarray]:
+    rows = [model.embed(torch.tensor(i)) if i < VOCABULARY else torch.tensor(IMAGE[i - VOCABULARY]) for i in ids]
+    with torch.no_grad():
+        positions = torch.arange(len(ids))[None]
+        if isinstance(model, MoeLlama):
+            hidden, routed = model.forward_routed(torch.stack(rows)[None], positions)
+            more = {"router": torch.stack(routed, dim=2).numpy()}
+        else:
+            hidden, more = model(torch.stack(rows)[None], positions), {}
+        if model.config.bins:
+            more["box_draft"] = model.box_draft_logits(hidden).argmax(-1).numpy()
+        return {"hidden": hidden.numpy(), "logits": model.logits(hidden).numpy(), **more}
+
+
+@every_case
+def test_prefill_steps_chunks_and_roll_back_equal_torch_and_the_fused_graph(tmp_path: Path, case: str) -> None:
+    model = make(case)
+    expected = by_torch(model, IDS)
+    if "router" in expected:
+        chosen = expected["router"][0].argmax(-1)  # [tokens, layers with experts]
+        assert all(len(np.unique(layer)) == max(CASES[case][1]) for layer in chosen.T)  # every expert has tokens
+    runner, fused = open_portable(case, model, tmp_path), open_fused(case, model, tmp_path)
+    calls = [(0, 20, 19), (20, 21, 0), (21, 22, 0), (22, 27, 0), (27, 28, 0), (28, 37, 0)]
+    calls += [(25, 35, 3), (35, 36, 0)]  # rolled back
+    calls += [(0, 48, 0), (0, 48, 47)]  # another prompt, no reset needed
+    for start, end, kept in calls:
+        ours, theirs = (r.run(feed(IDS[start:end], start, kept)) for r in (runner, fused))
+        assert set(ours) == set(theirs) == set(expected)
+        for name, values in expected.items():
+            wanted = values[:, start + kept : end]
+            np.testing.assert_allclose(ours[name], wanted, atol=1e-4, err_msg=f"{name} at {start}")
+            np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=f"{name} at {start}")
+
+
+@every_case
+@pytest.mark.parametrize(("dtype", "kind"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16"), ("fp32", "FLOAT")])
+def test_all_operators_are_standard_and_every_type_fits(case: str, dtype: str, kind: str) -> None:
+    graph = portable(case, make(case), dtype)
+    onnx.checker.check_model(graph, full_check=True)
+    assert [(o.domain, o.version) for o in graph.opset_import] == [("", 24)]
+    assert not any(n.domain for n in graph.graph.node)
+    tensors = graph.graph.initializer
+    large = {t.name: t.data_type for t in tensors if len(t.dims) == 2 and not t.name.startswith("rope")}
+    routers = {large.pop(name) for name in list(large) if "router" in name}
+    assert routers <= {onnx.TensorProto.FLOAT}
+    assert set(large.values()) == {getattr(onnx.TensorProto, kind)}
+
+
+@every_case
+def test_fp16_moves_the_logits_by_rounding_only(tmp_path: Path, case: str) -> None:
+    model = make(case)
+    expected = by_torch(model, IDS)["logits"][0]
+    runner = open_portable(case, model, tmp_path, "fp16")
+    runner.run(feed(IDS[:20], 0, 0))
+    out = runner.run(feed(IDS[20:], 20, 0))["logits"][0]
+    assert out.dtype == np.float32
+    wanted = expected[20:]
+    cosine = (out * wanted).sum(-1) / np.linalg.norm(out, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    assert np.median(cosine) > 0.9999  # a token may go to another expert where both are as likely
+
+
+def test_one_decoding_loop_gives_the_same_ids_over_both_graphs(tmp_path: Path) -> None:
+    model = make("native")
+    tokens = BoxTokens(2, 3, 4, 5, 6, 7, 11, 100, (0, 1, *range(113, VOCABULARY)))
+    grammar = BoxGrammar(tokens, VOCABULARY)
+    options = DecodeOptions(eos_id=7, max_new_tokens=40, temperature=1.0, seed=3, cache=CACHE)
+    both = [
+        decode(open_(model=model, case="native", folder=tmp_path), IDS[:12], {"image_tokens": IMAGE}, grammar, options)
+        for open_ in (open_portable, open_fused)
+    ]
+    assert len(both[0].ids) > 10
+    assert both[0].ids == both[1].ids
+
+
+def test_the_cache_can_be_filled_to_its_end_and_not_beyond(tmp_path: Path) -> None:
+    model = make("native")
+    ids = (IDS * 2)[:CACHE]
+    runner = open_portable("native", model, tmp_path)
+    runner.run(feed(ids[:-1], 0, CACHE - 2))
+    out = runner.run(feed(ids[-1:], CACHE - 1, 0))
+    np.testing.assert_allclose(out["logits"][0, -1], by_torch(model, ids)["logits"][0, -1], atol=1e-4)
+    with pytest.raises(InvalidInput, match="decoder"):
+        runner.run(feed(ids[:2], CACHE - 1, 0))
+
+
+def test_an_id_past_the_image_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="decoder"):
+        open_portable("native", make("native"), tmp_path).run(feed([VOCABULARY + ROWS], 0, 0))
+
+
+def test_weights_in_a_file_compute_the_same(tmp_path: Path) -> None:
+    model = make("two experts")
+    file = WeightFile(tmp_path / "decoder.onnx.data")
+    graph = portable("two experts", model, writer=GraphWriter(weights=file))
+    file.finish()
+    spec = portable_spec(spec_of("two experts"), "fp32")
+    outs = [open_graph(graph, spec, tmp_path / "decoder.onnx").run(feed(IDS, 0, 0)),
+            open_portable("two experts", model, tmp_path).run(feed(IDS, 0, 0))]  # fmt: skip
+    assert (tmp_path / "decoder.onnx").stat().st_size < (tmp_path / "decoder.onnx.data").stat().st_size
+    assert all(np.array_equal(outs[0][name], outs[1][name]) for name in outs[0])
+
+
+def test_only_the_cache_changes_its_type() -> None:
+    fused, ours = spec_of("native"), portable_spec(spec_of("native"), "fp16")
+    assert (ours.fed_inputs, ours.returned_outputs) == (fused.fed_inputs, fused.returned_outputs)
+    assert (ours.dims, ours.state) == (fused.dims, fused.state)
+    assert {t.dtype for t in ours.inputs if t.name.startswith("past_k")} == {"float16"}
+
+
+def test_a_weight_that_fp16_does_not_hold_is_refused() -> None:
+    model = make("native")
+    with torch.no_grad():
+        model.layers[1].qkv.weight[0, 0] = 1e5
+    with pytest.raises(InvalidInput, match=r"layers\.1\.qkv\.weight has a value that fp16 does not hold"):
+        portable("native", model, "fp16")
+
+
+def test_packed_matrices_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="not int8"):
+        portable("native", make("native"), writer=GraphWriter(MatrixFormat("int8")))
