@@ -28,7 +28,7 @@ ANSWERS = {
     "one object, one box": place_text("left kidney", [KIDNEY]),
     "three objects": ", ".join(place_text(n, [b]) for n, b in (("liver", LIVER), ("spleen", KIDNEY), ("left", LIVER))),
     "one object, three boxes": place_text("object", [KIDNEY, LIVER, (5, 40, 17, 62)]),
-    "a grounded report": f"{place_text('liver', [LIVER])}: It is normal. {place_text('left kidney', [KIDNEY])}: normal.",
+    "a grounded report": f"{place_text('liver', [LIVER])}: Normal. {place_text('left kidney', [KIDNEY])}: normal.",
 }
 
 
