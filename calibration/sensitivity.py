@@ -14,7 +14,9 @@ import numpy.typing as npt
 import onnx
 
 from edgemed.calibration.graph_run import GraphRun
-from edgemed.calibration.qdq import Precision, QuantPlan, Site, quantize, sites
+from edgemed.calibration.plan import Precision, QuantPlan
+from edgemed.calibration.qdq import quantize
+from edgemed.calibration.sites import Site, planned
 from edgemed.graphs import Feeds, GraphSpec
 
 Outputs = Sequence[Mapping[str, npt.NDArray[np.float32]]]
@@ -22,11 +24,12 @@ Outputs = Sequence[Mapping[str, npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class OutputError:
-    """The worst of a graph's float outputs: |error| / |value| over all calls (norms), smallest cosine of a call."""
+    """One output against the exact one: |error| / |value| (norms) and cosine over all calls, smallest cosine of one."""
 
     output: str
     relative_error: float
     cosine: float
+    smallest: float
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,27 @@ def outputs_of(
     ]
 
 
-def compare(expected: Outputs, found: Outputs) -> OutputError:
-    """Return the error of the output that is worst."""
+def errors_of(expected: Outputs, found: Outputs) -> tuple[OutputError, ...]:
+    """Return the error of each output."""
     rows = []
     for name in expected[0]:
         pairs = [(a[name].astype(np.float64).ravel(), b[name].ravel()) for a, b in zip(expected, found, strict=True)]
         error = sum(float(((b - a) ** 2).sum()) for a, b in pairs) ** 0.5
-        size = sum(float((a**2).sum()) for a, _ in pairs) ** 0.5
-        cosines = [
-            float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) if a.any() and b.any() else float(a.any() == b.any())
-            for a, b in pairs
-        ]
-        rows.append(OutputError(name, error / max(size, 1e-30), min(cosines)))
-    return max(rows, key=lambda row: (row.relative_error, -row.cosine))
+        ours, theirs = (sum(float(pair[i] @ pair[i]) for pair in pairs) ** 0.5 for i in (0, 1))
+        cosine = _cosine(sum(float(a @ b) for a, b in pairs), ours, theirs)
+        each = [_cosine(float(a @ b), float(np.linalg.norm(a)), float(np.linalg.norm(b))) for a, b in pairs]
+        rows.append(OutputError(name, error / max(ours, 1e-30), cosine, min(each)))
+    return tuple(rows)
+
+
+def _cosine(product: float, a: float, b: float) -> float:
+    """Return the cosine; of what is zero with what is not: 0, of two zeros: 1."""
+    return min(product / (a * b), 1.0) if a and b else float(a == b)
+
+
+def compare(expected: Outputs, found: Outputs) -> OutputError:
+    """Return the error of the output that is worst."""
+    return max(errors_of(expected, found), key=lambda row: (row.relative_error, -row.cosine))
 
 
 def sensitivities(
@@ -72,19 +83,20 @@ def sensitivities(
     bounds: Mapping[str, float],
     sequences: Sequence[Sequence[Feeds]],
     *,
+    products: Mapping[str, npt.NDArray[np.float32]] | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Return a row for each node that `plan` quantizes, the worst first.
 
-    sequences: a few calls are enough; every node takes a session and one run of them. progress: (done, in all).
+    bounds, products: as `quantize` takes them. sequences: a few calls are enough; every node takes a session and one
+    run of them. progress: (done, in all).
     """
     expected = outputs_of(model, spec, sequences, threads=threads)
-    wanted = [(site, plan.of(spec.role, site.node)) for site in sites(model)]
-    wanted = [(site, precision) for site, precision in wanted if precision != "fp32"]
+    wanted = planned(model, spec.role, plan)
     rows = []
     for done, (site, precision) in enumerate(wanted, 1):
-        quantized, _ = quantize(model, spec.role, _alone(plan, spec.role, site, precision), bounds)
+        quantized, _ = quantize(model, spec.role, _alone(plan, spec.role, site, precision), bounds, products)
         error = compare(expected, outputs_of(quantized, spec, sequences, threads=threads))
         rows.append(Sensitivity(site.node, site.operator, precision, error))
         if progress:

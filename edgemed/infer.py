@@ -8,6 +8,7 @@ or the decoding loop.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import sys
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
@@ -25,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemed import __version__
-from edgemed.backends import BACKENDS, Artifact, Outputs, Runner, find_backend, open_runner
+from edgemed.backends import BACKENDS, Artifact, Device, Outputs, Runner, find_backend, open_runner
 from edgemed.beam_search import beam_search
 from edgemed.bundle import Bundle, find_bundle, is_checkpoint, open_bundle
 from edgemed.core import Answer, Finding, Language, Prompt, Provenance, Scan
@@ -34,6 +36,7 @@ from edgemed.drafts import PhraseDrafts
 from edgemed.errors import BackendUnavailable, InvalidInput
 from edgemed.families import EXAMPLE, Family, Prepared, Question, Written, open_family
 from edgemed.graphs import Feeds, GraphSpec
+from edgemed.memory import MemoryPlan, check_memory, free_bytes, place_of, plan_memory
 
 DecodeMode = Literal["auto", "plain"]
 
@@ -76,6 +79,7 @@ def open_session(
     threads: int | None = None,
     allow_cpu: bool = False,
     roles: Collection[str] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Session:
     """Return a Session over the bundle of this name or in this folder, its graphs being loaded side by side.
 
@@ -83,30 +87,37 @@ def open_session(
 
     device: "auto", "cpu", "gpu" or "gpu:N". allow_cpu: where the GPU that was asked for is not there, use the CPU; the
     answers then say so. threads: CPU threads of each graph, default one for each physical core. roles: the only graphs
-    that are loaded; "vision_encoder" is all that `Session.embed` needs.
+    that are loaded; "vision_encoder" is all that `Session.embed` needs. tell: gets a line where loading takes long.
 
     Raises BundleError if the bundle does not hold; for torch, BackendUnavailable if torch is missing or this is no
-    checkpoint, and what reading one raises. What a graph's loading raises (BackendUnavailable, BundleError,
-    OutOfMemory) comes with the first question that needs the graph, or from `Session.wait`.
+    checkpoint, and what reading one raises; OutOfMemory or DeviceOutOfMemory, before a graph is loaded, where the
+    memory that is free cannot hold them. What a graph's loading raises (BackendUnavailable, BundleError, OutOfMemory)
+    comes with the first question that needs the graph, or from `Session.wait`.
     """
     if backend != "torch":
-        return Session(open_bundle(bundle), backend, device, threads, allow_cpu, roles=roles)
+        checked = open_bundle(bundle)
+        plan = partial(plan_memory, checked, roles=roles)
+        return Session(checked, backend, device, threads, allow_cpu, roles=roles, plan=plan, tell=tell)
     if not is_checkpoint(bundle):
         raise BackendUnavailable(
             f"the torch back end runs checkpoint folders, {find_bundle(bundle)} is a bundle of ONNX graphs: pass the "
             "folder of the checkpoint, or use --backend onnxruntime"
         )
     find_backend(backend)
+    from edgemed.checkpoints import open_checkpoint
     from edgemed.families.opened_torch import open_folder
 
     opened, artifact = open_folder(bundle)
-    return Session(opened, backend, device, threads, allow_cpu, artifact, roles)
+    size = 4 * sum(math.prod(tensor.shape) for tensor in open_checkpoint(bundle).stored.values())
+    plan = partial(plan_memory, opened, roles=roles, float32_bytes=size)
+    return Session(opened, backend, device, threads, allow_cpu, artifact, roles, plan, tell)
 
 
 class Session:
     """One opened bundle with its runners and the features of the last images. One question at a time.
 
-    artifact: what the back end runs for a role; default, the bundle's graph file. roles: see `open_session`.
+    artifact: what the back end runs for a role; default, the bundle's graph file. roles: see `open_session`. plan: the
+    memory that is needed on a "cpu" or "gpu"; no graph is loaded where that is not free. Without it nothing is checked.
     """
 
     def __init__(
@@ -118,26 +129,42 @@ class Session:
         allow_cpu: bool = False,
         artifact: Callable[[str], Artifact] | None = None,
         roles: Collection[str] | None = None,
+        plan: Callable[..., MemoryPlan] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.bundle = bundle
         self._images: OrderedDict[bytes, _Image] = OrderedDict()
         self._lock = threading.Lock()
 
+        def check() -> None:
+            if plan is None:
+                return
+            place = place_of(backend, device)
+            free = free_bytes(place)
+            if free is None and allow_cpu and place.kind == "gpu":
+                place = Device("cpu")
+                free = free_bytes(place)
+            if free is not None:
+                check_memory(plan(kind=place.kind), place, free)
+
         def load(role: str) -> Runner:
+            fits.result()
             runs, spec = (artifact or bundle.graph_path)(role), bundle.spec(role)
             try:
-                return open_runner(backend, runs, spec, device=device, threads=threads)
+                return open_runner(backend, runs, spec, device=device, threads=threads, tell=tell)
             except BackendUnavailable:
-                if not (allow_cpu and device.startswith("gpu")):
+                if not (allow_cpu and device.startswith("gpu")) or not find_backend(backend).on_cpu:
                     raise
                 return open_runner(backend, runs, spec, device="cpu", threads=threads)
 
         wanted = [role for role in bundle.manifest.graphs if roles is None or role in roles]
         pool = ThreadPoolExecutor(max(1, len(wanted)), thread_name_prefix="load-graph")
+        fits = pool.submit(check)  # here, too, since it may have to import the engine
         self._runners: dict[str, Future[Runner]] = {r: pool.submit(load, r) for r in wanted}
         pool.shutdown(wait=False)
         try:
             self.family: Family = open_family(bundle)  # while the graphs load
+            fits.result()
         except BaseException:
             self.close()
             raise
@@ -384,6 +411,9 @@ def _digest(feeds: Feeds) -> bytes:
 
 def _versions(backends: list[str]) -> dict[str, str]:
     """Return the versions of Python, NumPy and the engines in use."""
-    libraries = ["numpy", *(BACKENDS[name].library for name in backends if name in BACKENDS)]
+    libraries = [
+        "numpy",
+        *(lib for n in backends if n in BACKENDS for lib in (BACKENDS[n].library, BACKENDS[n].instead)),
+    ]
     found = {name: getattr(sys.modules.get(name), "__version__", None) for name in libraries}
     return {"python": platform.python_version(), **{name: str(v) for name, v in found.items() if v}}

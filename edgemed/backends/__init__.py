@@ -44,15 +44,30 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the table: where the Runner is, the library it needs, the extra that installs that library."""
+    """A row of the table: where the Runner is, the library it needs, the extra that installs that library.
+
+    instead: a library that does, too, where the first is missing. tells: opening may take minutes, so that the Runner
+    is given `tell`. on_cpu: whether it runs there, too.
+    """
 
     runner: str
     library: str
     extra: str
+    instead: str = ""
+    tells: bool = False
+    on_cpu: bool = True
 
 
 BACKENDS: Mapping[str, Backend] = {
     "onnxruntime": Backend("edgemed.backends.onnxruntime_runner:OnnxRuntimeRunner", "onnxruntime", "cpu"),
+    "tensorrt": Backend(
+        "edgemed.backends.tensorrt_runner:TensorRTRunner",
+        "tensorrt_rtx",
+        "gpu",
+        instead="tensorrt",
+        tells=True,
+        on_cpu=False,
+    ),
     "torch": Backend("edgemed.backends.torch_runner:TorchRunner", "torch", "export"),
 }
 """The back ends of this version. The first row is what "auto" means."""
@@ -70,11 +85,18 @@ class Device:
 
 
 def open_runner(
-    backend: str, artifact: Artifact, spec: GraphSpec, *, device: str = "auto", threads: int | None = None
+    backend: str,
+    artifact: Artifact,
+    spec: GraphSpec,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Runner:
     """Return a Runner of the graph that `artifact` is, opened by `backend` ("auto": the first of the table).
 
-    device: "auto", "cpu", "gpu" or "gpu:N". threads: CPU threads; None means one for each physical core.
+    device: "auto", "cpu", "gpu" or "gpu:N". threads: CPU threads; None means one for each physical core. tell: gets a
+    line where opening takes long, or where something that was kept cannot be used.
 
     Raises BackendUnavailable where the library or the device is missing, BundleError where the file is not a graph
     that fits `spec`, InvalidInput where `device` or `threads` make no sense.
@@ -85,7 +107,8 @@ def open_runner(
     row = find_backend(backend)
     module, _, attribute = row.runner.partition(":")
     make = getattr(importlib.import_module(module), attribute)
-    runner: Runner = make(artifact, spec, device=wanted, threads=threads)
+    more = {"tell": tell} if row.tells else {}
+    runner: Runner = make(artifact, spec, device=wanted, threads=threads, **more)
     return runner
 
 
@@ -95,13 +118,17 @@ def find_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendUnavailable(f"there is no back end {name!r} in this version; choose from: {', '.join(BACKENDS)}")
     row = BACKENDS[name]
-    try:
-        importlib.import_module(row.library)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"the {name} back end needs the {row.library!r} package; install the extra: edgemed[{row.extra}]"
-        ) from error
-    return row
+    cause: ImportError | None = None
+    for library in filter(None, (row.library, row.instead)):
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            cause = cause or error
+        else:
+            return row
+    raise BackendUnavailable(
+        f"the {name} back end needs the {row.library!r} package; install the extra: edgemed[{row.extra}]"
+    ) from cause
 
 
 def device_from_text(text: str) -> Device:
@@ -117,7 +144,7 @@ def device_from_text(text: str) -> Device:
 
 
 def empty_state(spec: GraphSpec) -> dict[str, npt.NDArray[Any]]:
-    """Return zeros for every state input of `spec`, dynamic dims at their largest.
+    """Return zeros for every state input of `spec`, dynamic dims at their largest; bfloat16 as uint16, of equal bits.
 
     Raises InvalidInput where a state has a dynamic dim other than `cache`; only in-place caches can be run.
     """
@@ -128,5 +155,5 @@ def empty_state(spec: GraphSpec) -> dict[str, npt.NDArray[Any]]:
         if growing := [d for d in tensor.shape if isinstance(d, str) and d != "cache"]:
             raise InvalidInput(f"graph {spec.role}, state {name}: dim {growing[0]} is dynamic; only `cache` may be")
         shape = [d if isinstance(d, int) else spec.dims[d].max for d in tensor.shape]
-        state[name] = np.zeros(shape, tensor.dtype)
+        state[name] = np.zeros(shape, "uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
     return state

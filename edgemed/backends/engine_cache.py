@@ -1,7 +1,7 @@
 """Built engines as files: each with what it was built from and a checksum, readable by its owner only.
 
-Covers names, writing whole or not at all, and refusing a file that is stale, damaged or open to others. Does not cover
-building (`edgemed.export.engine`) or running engines.
+Covers names, the user's folder, writing whole or not at all, and refusing a file that is stale, damaged or open to
+others. Does not cover building (`engine_build`) or running engines (`tensorrt_runner`).
 
 A file is one line of text (`MAGIC`), one line of JSON (the `EngineKey`, size and SHA-256 of the engine), the engine.
 An engine holds machine code that a driver runs, hence the care about who could have written it.
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,7 +31,7 @@ class EngineKey:
     """What an engine is made from; one that differs in any of these is another engine.
 
     graph: SHA-256 over the ONNX file and its weights. library: name and version of what built it. target: a compute
-    capability such as "sm89", or "any". precision: of the graph. profile: SHA-256 of the GraphSpec, whose dims give
+    capability such as "sm_89", or "any". precision: of the graph. profile: SHA-256 of the GraphSpec, whose dims give
     the optimisation profile.
     """
 
@@ -43,8 +44,33 @@ class EngineKey:
 
     @property
     def file_name(self) -> str:
-        """The name of its file in a cache folder: one for each role, target and precision."""
-        return f"{self.role}.{self.precision}.{self.target}.engine"
+        """The name of its file in a cache folder: one for each graph and target."""
+        return f"{self.role}.{self.precision}.{self.target}.{self.graph[:12]}.engine"
+
+
+@dataclass(frozen=True)
+class KernelsKey(EngineKey):
+    """The same for what TensorRT-RTX compiles for a GPU when an engine is opened: a file beside the engine's."""
+
+    @property
+    def file_name(self) -> str:
+        return f"{super().file_name.removesuffix('engine')}kernels"
+
+
+def engines_folder() -> Path:
+    """Return the user's folder of engines: $EDGEMED_HOME/engines, else the platform's place for what can be made again.
+
+    What `edgemed compile -o FOLDER` wrote elsewhere is used once its files are copied here.
+    """
+    if home := os.environ.get("EDGEMED_HOME"):
+        return Path(home) / "engines"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "edgemed" / "engines"
 
 
 def write_cached(folder: str | Path, key: EngineKey, engine: bytes) -> Path:

@@ -1,7 +1,8 @@
 """The onnxruntime back end: graphs on the CPU, or on an NVIDIA GPU with onnxruntime-gpu.
 
 State lives in fixed buffers that are bound as an input and as the output that replaces it, so a cache is updated in
-place and never copied. Covers no quantization and no engine building.
+place and never copied. A graph of which a GPU would leave a part to the CPU, sizes aside, is refused there. Covers no
+quantization and no engine building.
 """
 
 from __future__ import annotations
@@ -18,6 +19,20 @@ from edgemed.graphs import Feeds, GraphSpec
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_FP8_PAIRS = ["QDQSelectorActionTransformer"]
+"""Left out for FP8: this optimizer of onnxruntime 1.31 turns its pairs into integer operators, which refuse FP8."""
+
+_SIZES = frozenset(
+    (
+        *("Add", "And", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Greater"),
+        *("GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Range"),
+        *("ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub"),
+        *("Unsqueeze", "Where"),
+    )
+)
+"""Standard operators that compute sizes and positions from sizes."""
+
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _FATAL_ONLY = 4  # errors arrive as exceptions; onnxruntime would print them on stderr too
 
 
@@ -35,8 +50,7 @@ class OnnxRuntimeRunner:
         self._session: Any = _open_session(artifact, self._on_gpu, device.index, threads)
         self._check_names(artifact)
         place = ("cuda", device.index) if self._on_gpu else ("cpu", 0)
-        make = onnxruntime.OrtValue.ortvalue_from_numpy  # on the CPU it shares the array's memory
-        self._state = {name: make(zeros, *place) for name, zeros in empty_state(spec).items()}
+        self._state = self._make_state(place)
         self._returned = [t.name for t in spec.returned_outputs]
         self._binding: Any = self._session.io_binding()
         for output, name in spec.state:
@@ -67,12 +81,34 @@ class OnnxRuntimeRunner:
     def reset(self) -> None:
         """Forget the state: every value of it is zero again."""
         for name, zeros in empty_state(self.spec).items():
-            self._state[name].update_inplace(zeros)
+            if name in self._shared:
+                self._shared[name].fill(0)
+            else:
+                self._state[name].update_inplace(zeros)
 
     def close(self) -> None:
         """Give back memory and device. The Runner cannot run afterwards."""
         self._binding = self._session = None
         self._state.clear()
+
+    def _make_state(self, place: tuple[str, int]) -> dict[str, Any]:
+        """Return the state's buffers, zero. NumPy has no bfloat16: such a buffer shares the memory of uint16."""
+        from onnxruntime import OrtValue
+
+        kinds = {t.name: t.dtype for t in self.spec.inputs}
+        self._shared: dict[str, Any] = {}
+        made = {}
+        for name, zeros in empty_state(self.spec).items():
+            if kinds[name] != "bfloat16":
+                made[name] = OrtValue.ortvalue_from_numpy(zeros, *place)  # on the CPU it shares the array's memory
+            elif self._on_gpu:
+                raise BackendUnavailable(
+                    f"onnxruntime has no bfloat16 state on a GPU ({name}); use --backend tensorrt, or a bundle in fp16"
+                )
+            else:
+                self._shared[name] = zeros
+                made[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _BFLOAT16)
+        return made
 
     def _check_names(self, artifact: Path) -> None:
         """Raise BundleError where the file's inputs or outputs are not those of the spec."""
@@ -109,8 +145,19 @@ def _open_session(artifact: Path, on_gpu: bool, index: int, threads: int | None)
     # Threads wait actively inside a run (a decoder step is some 40 short operations) but not between runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     providers: list[Any] = [(_CUDA, {"device_id": str(index)})] if on_gpu else []
+    if on_gpu:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+
+    def start(**more: Any) -> Any:
+        return onnxruntime.InferenceSession(str(artifact), options, providers=[*providers, _CPU], **more)
+
     try:
-        session = onnxruntime.InferenceSession(str(artifact), options, providers=[*providers, _CPU])
+        try:
+            session = start()
+        except Exception as error:
+            if "float8" not in str(error):
+                raise
+            session = start(disabled_optimizers=_FP8_PAIRS)
         session.disable_fallback()
     except Exception as error:
         raise _load_error(artifact, error) from error
@@ -119,7 +166,24 @@ def _open_session(artifact: Path, on_gpu: bool, index: int, threads: int | None)
             f"onnxruntime could not start {_CUDA} on GPU {index}: check the NVIDIA driver and the CUDA and cuDNN "
             "libraries (edgemed[gpu-ort]), or use --device cpu"
         )
+    if on_gpu and (left := left_on_cpu(session)):
+        raise BackendUnavailable(
+            f"{_CUDA} does not run {', '.join(left)} of {artifact.name}, which would run on the CPU in silence. Use "
+            "--device cpu, or a bundle made with `edgemed export --target tensorrt`"
+        )
     return session
+
+
+def left_on_cpu(session: Any) -> list[str]:
+    """Return the operators that a session runs on the CPU, but for those that may compute sizes there, sorted.
+
+    The session recorded where its nodes went. onnxruntime leaves sizes to the CPU by intention, so that its option
+    session.disable_cpu_ep_fallback, which refuses every node there, would refuse each of our decoders.
+    """
+    nodes = (
+        n for part in session.get_provider_graph_assignment_info() if part.ep_name == _CPU for n in part.get_nodes()
+    )
+    return sorted({node.op_type for node in nodes if node.domain not in ("", "ai.onnx") or node.op_type not in _SIZES})
 
 
 def _load_error(artifact: Path, error: Exception) -> EdgemedError:
@@ -129,6 +193,11 @@ def _load_error(artifact: Path, error: Exception) -> EdgemedError:
         return BackendUnavailable(f"onnxruntime could not start the GPU: {reason}. Or use --device cpu")
     if _is_memory(reason):
         return OutOfMemory(f"{artifact.name} does not fit in memory: {reason}")
+    if reason.startswith("Could not find an implementation"):
+        return BundleError(
+            f"{artifact.name} has an operator in a type that onnxruntime does not compute here: {reason}. Use a bundle "
+            "in another precision, or another back end"
+        )
     return BundleError(f"{artifact.name} cannot be opened by onnxruntime: {reason}. Get the bundle again")
 
 

@@ -1,7 +1,10 @@
 """`edgemed doctor`: is this workstation ready? Libraries are loaded and run, files are hashed; versions prove little.
 
-Covers the system, memory and disk, the packages of the install, pixel decoders, onnxruntime (by running a graph), the
-font, the bundles (every hash). Does not cover GPUs or the network: nothing here needs the second.
+Covers the system, memory and disk, the packages of the install, pixel decoders, the font, onnxruntime (every execution
+provider that it has runs a graph), the NVIDIA driver and its GPUs, engine libraries, engines that were built, and the
+bundles: every hash, the memory each needs, what can run it. Does not cover the network: nothing here needs it.
+
+The driver is asked in a child process with a time limit, so that a broken one cannot hold this command up.
 """
 
 from __future__ import annotations
@@ -9,20 +12,35 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgemed.cli.options import check_device
 from edgemed.cli.verbs import debug_option, describe
-from edgemed.errors import BackendUnavailable, BundleError, EdgemedError, OutOfMemory, UnsupportedDicom
+from edgemed.errors import (
+    BackendUnavailable,
+    BundleError,
+    CannotRead,
+    CannotWrite,
+    DeviceOutOfMemory,
+    EdgemedError,
+    OutOfMemory,
+    UnsupportedDicom,
+)
+
+if TYPE_CHECKING:
+    from edgemed.backends import Device
+    from edgemed.backends.engine_cache import EngineKey
+    from edgemed.bundle import Bundle
+    from edgemed.nvidia import Driver
 
 SCHEMA = "edgemed.doctor/1"
 AGAIN = "install edgemed again"
-
-MEMORY_MIB = 700
-"""Peak memory of `edgemed infer` with the embedded bundle, rounded up (README, section Speed)."""
 
 MATMUL_ONNX = bytes.fromhex(
     "08083a550a110a01610a016212016322064d61744d756c1201675a130a0161120e0a0c080112080a0208020a0208025a130a0162120e"
@@ -42,27 +60,81 @@ SYNTAXES = {
 }
 """Transfer syntaxes that clinics meet (pydicom's names) and how people call them."""
 
+LEAST_DISK_BYTES = 1 << 30
+"""Free space below which importing bundles and keeping engines is not worth trying."""
+
+CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+"""What makes matrix products fast, as Linux names it: x86-64, then ARM."""
+
+PROVIDER = "ExecutionProvider"  # how the names of onnxruntime's end
+ON_CUDA = "onnxruntime on CUDA"
+GPU_PACKAGES = ("onnxruntime-gpu", "cuda-bindings", "cuda-core", "tensorrt-rtx", "tensorrt")
+LEAST_CAPABILITY = 7.5
+"""Of the GPUs that TensorRT-RTX builds engines for."""
+
+ANY_TARGET = "any"  # `engine_build.ANY`: keys are compared without the GPU they are for
+
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found. `code` 0: ready; else the command ends with it, and `advice` says what to do."""
+    """What one check found. `code` 0: ready; else `advice` says what to do.
+
+    main: whether the main job (the chosen bundle on the chosen device) needs it; then the command ends with `code`.
+    """
 
     name: str
     found: str
     advice: str = ""
     code: int = 0
+    main: bool = True
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-def _attempt(name: str, check: Callable[[], Check]) -> Check:
+@dataclass
+class Facts:
+    """What was asked for, and what earlier checks found: `runs` says what can run a graph ("onnxruntime on CPU")."""
+
+    bundle: str = "nano"
+    device: str = "auto"
+    driver: Callable[[], Driver | None] = lambda: None
+    runs: list[str] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU was asked for."""
+        return self.device.startswith("gpu")
+
+    def place(self) -> Device:
+        """Return where the main job runs: the GPU where one was asked for or onnxruntime can use one, else the CPU."""
+        from edgemed.backends import Device, device_from_text
+
+        wanted = device_from_text(self.device)
+        auto_gpu = wanted.kind == "auto" and ON_CUDA in self.runs
+        return Device("gpu") if auto_gpu else wanted if wanted.kind == "gpu" else Device("cpu")
+
+    def free(self, place: Device) -> int | None:
+        """Return the bytes that are free at a place, or None where that is not told."""
+        from edgemed.memory import free_host_bytes
+
+        if place.kind == "cpu":
+            return free_host_bytes()
+        driver = self.driver()
+        return next((gpu.free_bytes for gpu in driver.gpus if gpu.index == place.index), None) if driver else None
+
+
+def _attempt(name: str, check: Callable[[], Check], *, main: bool = True) -> Check:
     """Return what `check` found; an error of it is a finding, too."""
     try:
         return check()
     except Exception as error:  # noqa: BLE001 (a broken install may raise anything, and the other checks still matter)
         line, code = describe(error)
-        return Check(name, type(error).__name__, line, code)
+        return Check(name, type(error).__name__, line, code, main)
 
 
-def check_system() -> Check:
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def check_system(facts: Facts) -> Check:
     """Return the system and Python."""
     found = f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}"
     if sys.version_info < (3, 11) or sys.maxsize < 2**32:  # an install can be forced
@@ -70,29 +142,59 @@ def check_system() -> Check:
     return Check("system", found)
 
 
-def check_memory() -> Check:
-    """Return the memory that is free, where the system tells it."""
-    free = free_memory_mib()
-    if free is None:
-        return Check("memory", f"{os.cpu_count()} processors; this system does not tell its free memory")
-    found = f"{free} MiB free, {os.cpu_count()} processors"
-    if free < MEMORY_MIB:
-        advice = f"close other programs: answering takes up to {MEMORY_MIB} MiB"
-        return Check("memory", found, advice, OutOfMemory.exit_code)
-    return Check("memory", found)
-
-
-def free_memory_mib() -> int | None:
-    """Return the memory that a new process could use in MiB, or None if the system does not tell."""
+def check_processor(facts: Facts) -> Check:
+    """Return how many processors there are and which of `CPU_FEATURES` they have, where the system tells."""
+    count = f"{os.cpu_count()} processors"
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:
-        return None
-    return None if kib is None else kib // 1024
+        return Check("processor", count)
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(said.get("flags", said.get("Features", "")).split())
+    features = [name for name in CPU_FEATURES if name in flags]
+    found = ", ".join(filter(None, (count, said.get("model name", ""), *features)))
+    return Check("processor", found, details={"features": features})
 
 
-def check_packages() -> Check:
+def check_memory(facts: Facts) -> Check:
+    """Return the memory that is free, where the system tells it. What a bundle needs of it is told with the bundle."""
+    from edgemed.memory import MIB, free_host_bytes
+
+    free = free_host_bytes()
+    if free is None:
+        return Check("memory", "this system does not tell its free memory")
+    return Check("memory", f"{free // MIB} MiB free for this process", details={"free_bytes": free})
+
+
+def check_disk(facts: Facts) -> Check:
+    """Return the room on the disk of the user's bundles, and whether that folder is the user's own."""
+    import shutil
+
+    from edgemed.bundle import user_folder
+
+    folder = user_folder()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    found = f"{free / 1e9:.1f} GB free for bundles in {folder}"
+    advice, code = "", 0
+    if not os.access(there, os.W_OK | os.X_OK):
+        advice, code = (
+            "it cannot be written, so no bundle can be imported; set EDGEMED_HOME",
+            CannotWrite.exit_code,
+        )
+    elif free < LEAST_DISK_BYTES:
+        advice, code = "the disk is nearly full, so no bundle can be imported; make room", CannotWrite.exit_code
+    elif there == folder and hasattr(os, "getuid"):
+        info = folder.stat()
+        if info.st_uid != os.getuid() or info.st_mode & 0o022:
+            advice = "other users can change the bundles in it: make it yours alone (chmod 700)"
+    return Check("disk", found, advice, code, main=False, details={"folder": str(folder), "free_bytes": free})
+
+
+# --- the install ------------------------------------------------------------------------------------------------------
+
+
+def check_packages(facts: Facts) -> Check:
     """Return the installed packages, or which requirement of the base install is missing."""
     from importlib import metadata
 
@@ -110,7 +212,7 @@ def check_packages() -> Check:
     return Check("packages", ", ".join(versions))
 
 
-def check_decoders() -> Check:
+def check_decoders(facts: Facts) -> Check:
     """Return the compressed transfer syntaxes that pixels can be read from."""
     import importlib
     import warnings
@@ -128,25 +230,7 @@ def check_decoders() -> Check:
     return Check("decoders", ", ".join(usable))
 
 
-def check_onnxruntime() -> Check:
-    """Return version and execution provider of onnxruntime after it has computed a product of two matrices."""
-    import numpy as np
-
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendUnavailable("onnxruntime is missing; install edgemed[cpu] or edgemed[gpu-ort]") from error
-    session = onnxruntime.InferenceSession(MATMUL_ONNX, providers=["CPUExecutionProvider"])
-    a = np.array([[1, 2], [3, 4]], np.float32)
-    (product,) = session.run(None, {"a": a, "b": a})
-    right = np.array_equal(product, a @ a)
-    found = f"onnxruntime {onnxruntime.__version__} computed on {', '.join(session.get_providers())}"
-    if not right:
-        return Check("onnxruntime", found, "the product is wrong; install it again", BackendUnavailable.exit_code)
-    return Check("onnxruntime", found)
-
-
-def check_font() -> Check:
+def check_font(facts: Facts) -> Check:
     """Return that the font for overlays draws Latin and Chinese letters."""
     from edgemed.report.fonts import open_font
 
@@ -157,41 +241,244 @@ def check_font() -> Check:
     return Check("font", f"{font.getname()[0]}, Latin and Chinese")
 
 
-def check_bundles() -> list[Check]:
-    """Return one check a bundle: every file against its hash."""
-    from edgemed.bundle import Listed, list_bundles, open_bundle
-
-    def check(listed: Listed) -> Check:
-        bundle = open_bundle(listed.path)
-        return Check(f"bundle {listed.name}", f"{len(bundle.manifest.files)} files match their hashes")
-
-    bundles = list_bundles()
-    if not bundles:
-        return [Check("bundles", "none", f"{AGAIN}: a bundle comes with it", BundleError.exit_code)]
-    return [_attempt(f"bundle {listed.name}", partial(check, listed)) for listed in bundles]
+# --- engines ----------------------------------------------------------------------------------------------------------
 
 
-CHECKS = {
+def check_onnxruntime(facts: Facts) -> Check:
+    """Return the execution providers of onnxruntime that have computed a product of two matrices, each on its own."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailable("onnxruntime is missing; install edgemed[cpu] or edgemed[gpu-ort]") from error
+    computed, others = [], []
+    for provider in onnxruntime.get_available_providers():
+        problem = _try_provider(provider, facts)
+        if problem:
+            others.append(f"{provider} {problem}")
+        else:
+            computed.append(provider)
+            facts.runs.append(f"onnxruntime on {provider.removesuffix(PROVIDER)}")
+    found = f"onnxruntime {onnxruntime.__version__} computed on {', '.join(computed) or 'none'}"
+    details = {"computed": computed, "others": others}
+    found = "; ".join((found, *others))
+    if "CPUExecutionProvider" not in computed:
+        return Check("onnxruntime", found, "install it again", BackendUnavailable.exit_code, details=details)
+    return Check("onnxruntime", found, details=details)
+
+
+def _try_provider(provider: str, facts: Facts) -> str:
+    """Return "" where a provider computes, else what kept it from that."""
+    import numpy as np
+    import onnxruntime
+
+    if provider not in ("CPUExecutionProvider", "AzureExecutionProvider") and not _gpus(facts):
+        return "was not tried: no GPU"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if provider != "CPUExecutionProvider":  # or the CPU would take what the provider does not
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    a = np.array([[1, 2], [3, 4]], np.float32)
+    try:
+        session = onnxruntime.InferenceSession(MATMUL_ONNX, options, providers=[provider])
+        if provider not in session.get_providers():
+            return "does not start"
+        (product,) = session.run(None, {"a": a, "b": a})
+    except Exception:  # noqa: BLE001 (the library raises classes of its own for each reason)
+        return "runs no graph"
+    return "" if np.array_equal(product, a @ a) else "computed a wrong product"
+
+
+def _gpus(facts: Facts) -> Sequence[Any]:
+    driver = facts.driver()
+    return driver.gpus if driver else ()
+
+
+def check_gpu(facts: Facts) -> Check:
+    """Return the NVIDIA driver and its GPUs. None is no failure unless a GPU was asked for."""
+    from edgemed.memory import MIB
+    from edgemed.nvidia import LIBRARY
+
+    driver = facts.driver()
+    code = BackendUnavailable.exit_code if facts.on_gpu else 0
+    if driver is None:
+        advice = f"--device gpu needs the NVIDIA driver: {LIBRARY} was not found" if code else ""
+        return Check("gpu", "no NVIDIA GPU: the CPU is used" if not code else "no NVIDIA driver", advice, code)
+    details = asdict(driver)
+    known = f"NVIDIA driver for CUDA {driver.version}"
+    if not driver.gpus:
+        advice = "run nvidia-smi to see why, or use --device cpu" if code or driver.problem else ""
+        return Check("gpu", f"{known}: {driver.problem or 'no GPU'}", advice, code, details=details)
+    told = [
+        f"gpu:{gpu.index} {gpu.name} ({gpu.capability}), "
+        + (f"{gpu.free_bytes // MIB} of " if gpu.free_bytes is not None else "")
+        + f"{gpu.total_bytes // MIB} MiB{' free' if gpu.free_bytes is not None else ', cannot be opened'}"
+        for gpu in driver.gpus
+    ]
+    missing = code and facts.place().index >= len(driver.gpus)
+    advice = f"there is no GPU {facts.place().index}: use another --device" if missing else ""
+    return Check("gpu", "; ".join((known, *told)), advice, code if missing else 0, details=details)
+
+
+def check_engines(facts: Facts) -> Check:
+    """Return the libraries that a GPU needs: TensorRT loaded, others by version (cuda-core would wait for a driver)."""
+    from importlib import metadata
+
+    from edgemed.backends.engine_build import find_library, library_version, targets_of
+
+    versions = {}
+    for name in GPU_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    targets: tuple[str, ...] = ()
+    found = [f"{name} {version}" for name, version in versions.items() if not name.startswith("tensorrt")]
+    try:
+        library = find_library()
+        targets = targets_of(library)
+        found.insert(0, f"{library_version(library)} builds for {', '.join(targets) or 'the GPU that is there'}")
+        if any(float(gpu.capability) >= LEAST_CAPABILITY for gpu in _gpus(facts)):
+            facts.runs.append("tensorrt on GPU")
+    except BackendUnavailable as error:
+        found.append(str(error))
+    details = {"versions": versions, "targets": list(targets)}
+    if facts.on_gpu and _gpus(facts) and not any("CPU" not in way for way in facts.runs):
+        advice = "nothing here can run a graph on a GPU: install edgemed[gpu] or edgemed[gpu-ort], or use --device cpu"
+        return Check("engines", "; ".join(found), advice, BackendUnavailable.exit_code, details=details)
+    return Check("engines", "; ".join(found), details=details)
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------------
+
+
+def check_bundles(facts: Facts) -> list[Check]:
+    """Return one check a bundle, and one of the engines that were built from them."""
+    from edgemed.bundle import find_bundle, list_bundles, open_bundle
+
+    bundles = {listed.name: listed.path for listed in list_bundles()}
+    opened: list[Bundle] = []
+
+    def check(name: str) -> Check:
+        opened.append(open_bundle(bundles.get(name) or find_bundle(name)))
+        return _check_bundle(name, opened[-1], facts)
+
+    checks = [
+        _attempt(f"bundle {name}", partial(check, name), main=name == facts.bundle)
+        for name in dict.fromkeys((*bundles, facts.bundle))
+    ]
+    return [*checks, _attempt("engine cache", partial(_check_cache, opened), main=False)]
+
+
+def _check_bundle(name: str, bundle: Bundle, facts: Facts) -> Check:
+    """Return how much memory a bundle needs, whether that is free, and what can run it; its hashes were checked."""
+    from edgemed import memory
+    from edgemed.families import open_family
+
+    open_family(bundle)
+    place = facts.place()
+    plan = memory.plan_memory(bundle, kind=place.kind)
+    where = f"GPU {place.index}" if place.kind == "gpu" else "the host"
+    ways = ", ".join(facts.runs) or "nothing here"
+    found = (
+        f"{len(bundle.manifest.files)} files match their hashes, needs about {plan.total // memory.MIB} MiB of {where} "
+        f"for {plan.tokens} tokens, runs with {ways}"
+    )
+    free = facts.free(place)
+    details = {"needed_bytes": plan.total, "place": place.kind, "free_bytes": free, "runs": facts.runs}
+    check = Check(f"bundle {name}", found, main=name == facts.bundle, details=details)
+    if free is not None:
+        try:
+            memory.check_memory(plan, place, free)
+        except (OutOfMemory, DeviceOutOfMemory) as error:
+            return replace(check, advice=str(error), code=error.exit_code)
+    return check
+
+
+def _check_cache(bundles: Sequence[Bundle]) -> Check:
+    """Return how many engines of the user's folder can be used, are stale, or were changed or may not be trusted.
+
+    One that is stale was built from a graph that no bundle here has, or by another version of the library.
+    """
+    from edgemed.backends.engine_build import find_library, graph_key, library_version
+    from edgemed.backends.engine_cache import engines_folder
+
+    folder = engines_folder()
+    files = sorted(folder.glob("*.engine")) if folder.is_dir() else []
+    if not files:
+        return Check("engine cache", f"no engines in {folder}", main=False)
+    try:
+        library = library_version(find_library())
+    except BackendUnavailable:
+        library = "none"  # no engine can be used, so all are stale
+    graphs = [(b.graph_path(role), spec) for b in bundles for role, spec in b.manifest.graphs.items()]
+    known = {graph_key(path, spec, library=library) for path, spec in graphs}
+    states = [_engine_state(file, known) for file in files]
+    counts = {state: states.count(state) for state in ("valid", "stale", "tampered")}
+    found = ", ".join(f"{count} {state}" for state, count in counts.items()) + f" in {folder}"
+    if counts["tampered"]:
+        names = ", ".join(file.name for file, state in zip(files, states, strict=True) if state == "tampered")
+        advice = f"remove what may not be trusted, it is built again when it is needed: {names}"
+        return Check("engine cache", found, advice, BundleError.exit_code, main=False, details=counts)
+    return Check("engine cache", found, main=False, details=counts)
+
+
+def _engine_state(file: Path, known: Collection[EngineKey]) -> str:
+    """Return "valid", "stale" or "tampered" after reading an engine file whole."""
+    import json
+
+    from edgemed.backends.engine_cache import EngineKey, load_cached
+
+    if file.is_symlink() or not file.is_file():  # opening a pipe would wait for ever
+        return "tampered"
+    try:
+        with file.open("rb") as stream:
+            stream.readline(64)  # what kind of file it is; `load_cached` checks it
+            header = json.loads(stream.readline(1 << 16))
+        key = EngineKey(**{name.name: str(header[name.name]) for name in fields(EngineKey)})
+        if key.file_name != file.name:
+            return "tampered"
+        load_cached(file.parent, key)
+    except (OSError, ValueError, KeyError, TypeError, BundleError, CannotRead):
+        return "tampered"
+    return "valid" if replace(key, target=ANY_TARGET) in known else "stale"
+
+
+CHECKS: dict[str, Callable[[Facts], Check]] = {
     "system": check_system,
+    "processor": check_processor,
     "memory": check_memory,
+    "disk": check_disk,
     "packages": check_packages,
     "decoders": check_decoders,
-    "onnxruntime": check_onnxruntime,
     "font": check_font,
+    "gpu": check_gpu,
+    "onnxruntime": check_onnxruntime,
+    "engines": check_engines,
 }
 
 
 @click.command("doctor", short_help="Check this workstation.")
+@click.option("--bundle", default="nano", show_default=True, metavar="NAME|FOLDER", help="The model of the main job.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|gpu|gpu:N", callback=check_device, help="Where."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @debug_option
-def command(as_json: bool) -> int:
+def command(bundle: str, device: str, as_json: bool) -> int:
     """Check whether this workstation is ready: by running things, not by looking at version numbers.
 
-    The exit code is 0 if everything is, else the code of the first check that failed.
+    The exit code is 0 if the main job can run, --bundle on --device, else the code of the first check that it needs and
+    that failed. A GPU that is missing is told, and fails only where --device asks for one.
     """
-    checks = [_attempt(name, check) for name, check in CHECKS.items()]
-    checks += check_bundles()
-    code = next((check.code for check in checks if check.code), 0)
+    from concurrent.futures import ThreadPoolExecutor
+
+    from edgemed.nvidia import ask_driver
+
+    with ThreadPoolExecutor(1, thread_name_prefix="ask-driver") as pool:
+        facts = Facts(bundle, device, pool.submit(ask_driver).result)  # the child starts while the checks begin
+        checks = [_attempt(name, partial(check, facts), main=name != "disk") for name, check in CHECKS.items()]
+        checks += check_bundles(facts)
+    code = next((check.code for check in checks if check.code and check.main), 0)
     if as_json:
         import json
 
@@ -200,7 +487,8 @@ def command(as_json: bool) -> int:
         return code
     width = max(len(check.name) for check in checks)
     for check in checks:
-        print(f"{'FAIL' if check.code else 'ok  '}  {check.name:{width}}  {check.found}")
+        mark = "ok  " if not check.code else "FAIL" if check.main else "note"
+        click.echo(f"{mark}  {check.name:{width}}  {check.found}")
         if check.advice:
-            print(f"{'':{width + 6}}  {check.advice}")
+            click.echo(f"{'':{width + 6}}  {check.advice}")
     return code

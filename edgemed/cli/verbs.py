@@ -26,6 +26,8 @@ VERBS = {
     "eval": "Measure the quality of a bundle on labelled images.",
     "train": "Train a model from a recipe file (needs edgemed[train]).",
     "export": "Turn a checkpoint into a bundle of ONNX graphs (needs edgemed[export]).",
+    "quantize": "Make a smaller bundle: INT8, FP8 or INT4 (needs edgemed[export]).",
+    "compile": "Build engines for GPUs from a bundle.",
     "doctor": "Check whether this workstation is ready.",
 }
 """Verb -> its line in the help. The module of a verb is imported when the verb is used."""

@@ -96,7 +96,13 @@ class Reading:
 
 
 class Family(Protocol):
-    """The runtime half of a family over one opened bundle. Holds no state between questions; safe to share."""
+    """The runtime half of a family over one opened bundle. Holds no state between questions; safe to share.
+
+    steady_text: the share of answers whose text smaller weights must not change; 0 where texts are written freely, so
+    that one word in another order says nothing.
+    """
+
+    steady_text: float
 
     def graphs(self) -> Mapping[str, GraphSpec]:
         """Return the GraphSpec of each graph the family runs, by role."""
@@ -172,6 +178,8 @@ def settings_of(name: str) -> Mapping[str, str]:
 
 class SingleQuestions:
     """What most families do before a question: nothing."""
+
+    steady_text = 0.0
 
     def lead_in(self, prompt: Prompt) -> Prompt | None:
         """Return None."""

@@ -101,6 +101,8 @@ class _Spot:
 class Native(SingleQuestions):
     """The native family over one bundle; see `families.Family`."""
 
+    steady_text = 0.95
+
     def __init__(self, bundle: Bundle) -> None:
         self._graphs = {role: bundle.spec(role) for role in _NEEDED}
         for role, (inputs, outputs) in _NEEDED.items():

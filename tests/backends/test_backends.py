@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
-from edgemed.backends import BACKENDS, Backend, Device, device_from_text, open_runner
+from edgemed.backends import BACKENDS, Backend, Device, device_from_text, find_backend, open_runner
+from edgemed.backends.onnxruntime_runner import left_on_cpu
+from edgemed.bundle import open_bundle
 from edgemed.errors import BackendUnavailable, BundleError, InvalidInput
 from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 
@@ -171,6 +175,120 @@ def test_a_missing_library_names_the_extra(plain: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(BACKENDS, "other", Backend("nowhere:Nothing", "no_such_library", "other-extra"))  # type: ignore[arg-type]
     with pytest.raises(BackendUnavailable, match=r"edgemed\[other-extra\]"):
         open_runner("other", plain, PLAIN)
+
+
+def test_a_library_that_a_site_has_instead_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Backend("nowhere:Nothing", "no_such_library", "extra", instead="json")
+    monkeypatch.setitem(BACKENDS, "other", row)  # type: ignore[arg-type]
+    assert find_backend("other") is row
+    assert BACKENDS["tensorrt"].instead == "tensorrt"
+
+
+def test_notes_go_to_runners_that_have_some(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Telling:
+        def __init__(self, artifact, spec, *, device, threads, tell) -> None:
+            tell("building")
+
+    monkeypatch.setattr("edgemed.backends.torch_runner.TorchRunner", Telling)
+    row = dataclasses.replace(BACKENDS["torch"], tells=True)
+    monkeypatch.setitem(BACKENDS, "telling", row)  # type: ignore[arg-type]
+    told: list[str] = []
+    open_runner("telling", plain, PLAIN, tell=told.append)
+    open_runner("auto", plain, PLAIN, tell=told.append)
+    assert told == ["building"]
+
+
+# --- types and places -------------------------------------------------------------------------------------------------
+
+
+def test_fp8_pairs_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime 1.31 refuses them unless it is told to leave them as they are."""
+    e4m3 = onnx.TensorProto.FLOAT8E4M3FN
+    helper, spec = onnx.helper, dataclasses.replace(PLAIN, outputs=PLAIN.outputs[:1])
+    weight = onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32).astype(ml_dtypes.float8_e4m3fn), "weight")
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["a8"]),
+            helper.make_node("DequantizeLinear", ["a8", "scale", "zero"], ["a32"]),
+            helper.make_node("DequantizeLinear", ["weight", "scale", "zero"], ["w32"]),
+            helper.make_node("MatMul", ["a32", "w32"], ["double"]),
+        ],
+        "fp8",
+        [helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("double", onnx.TensorProto.FLOAT, ["n", 3])],
+        [
+            weight,
+            onnx.numpy_helper.from_array(np.float32(2), "scale"),
+            helper.make_tensor("zero", e4m3, [], b"\0", raw=True),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    onnx.save(model, tmp_path / "fp8.onnx")
+    runner = open_runner("onnxruntime", tmp_path / "fp8.onnx", spec, device="cpu")
+    given = np.array([[2, 4.1, -6]], np.float32)  # 2.05 is 2 in three bits of mantissa
+    assert runner.run({"a": given})["double"].tolist() == [[4, 8, -12]]
+    assert capfd.readouterr().err == ""
+
+
+def test_bfloat16_state_runs_without_a_numpy_that_knows_it(tmp_path: Path) -> None:
+    def bfloat16(tensor: TensorSpec) -> TensorSpec:
+        return dataclasses.replace(tensor, dtype="bfloat16") if tensor.shape == ("cache",) else tensor
+
+    spec = dataclasses.replace(
+        COUNTER, inputs=tuple(map(bfloat16, COUNTER.inputs)), outputs=tuple(map(bfloat16, COUNTER.outputs))
+    )
+    helper, kinds = onnx.helper, {"float32": onnx.TensorProto.FLOAT, "bfloat16": onnx.TensorProto.BFLOAT16}
+    nodes = [
+        helper.make_node("Cast", ["past"], ["past_f"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Add", ["past_f", "step"], ["present_f"]),
+        helper.make_node("Cast", ["present_f"], ["present"], to=onnx.TensorProto.BFLOAT16),
+        helper.make_node("ReduceSum", ["present_f"], ["seen"]),
+    ]
+    infos = [
+        [helper.make_tensor_value_info(t.name, kinds[t.dtype], list(t.shape)) for t in tensors]
+        for tensors in (spec.inputs, spec.outputs)
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "b", *infos), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    onnx.save(model, tmp_path / "counter.onnx")
+    runner = open_runner("onnxruntime", tmp_path / "counter.onnx", spec, device="cpu")
+    step = {"step": np.array([2], np.float32)}
+    assert [runner.run(step)["seen"].item() for _ in range(3)] == [10, 20, 30]
+    runner.reset()
+    assert runner.run(step)["seen"].item() == 10
+
+
+def test_an_operator_without_a_kernel_for_its_type_is_named(tmp_path: Path) -> None:
+    spec = dataclasses.replace(PLAIN, inputs=(TensorSpec("a", "bfloat16", ("n", 3)),), outputs=PLAIN.outputs[:1])
+    helper, kind = onnx.helper, onnx.TensorProto.BFLOAT16
+    graph = helper.make_graph(
+        [helper.make_node("Transpose", ["a"], ["b"]), helper.make_node("MatMul", ["a", "b"], ["double"])],
+        "b",
+        [helper.make_tensor_value_info("a", kind, ["n", 3])],
+        [helper.make_tensor_value_info("double", kind, ["n", "n"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "b.onnx")
+    with pytest.raises(BundleError, match=r"implementation for MatMul.*\. Use a bundle in another precision"):
+        open_runner("onnxruntime", tmp_path / "b.onnx", spec, device="cpu")
+
+
+def recorded(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def test_operators_that_would_run_on_the_cpu_in_silence_are_found(plain: Path, tmp_path: Path) -> None:
+    """On a session of the CPU, where all nodes are; sizes may be computed there."""
+    assert left_on_cpu(recorded(plain)) == []
+    spec = dataclasses.replace(PLAIN, outputs=PLAIN.outputs[:1])
+    nodes = [("Softmax", ["a"], "share"), ("Add", ["share", "a"], "double")]
+    assert left_on_cpu(recorded(write_graph(tmp_path / "g.onnx", spec, nodes))) == ["Softmax"]
+    found = left_on_cpu(recorded(open_bundle("nano").graph_path("decoder")))
+    assert {"GroupQueryAttention", "MatMulNBits"} <= set(found)
+    assert not {"Shape", "Concat", "Range"} & set(found)
 
 
 def test_an_unknown_back_end_lists_those_there_are(plain: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from edgemed.backends.engine_cache import MAGIC, EngineKey, load_cached, write_cached
+from edgemed.backends.engine_cache import MAGIC, EngineKey, engines_folder, load_cached, write_cached
 from edgemed.errors import BundleError, CannotRead, CannotWrite
 
-KEY = EngineKey("decoder", "g" * 64, "tensorrt_rtx 1.7.1", "sm89", "fp16", "p" * 64)
+KEY = EngineKey("decoder", "g" * 64, "tensorrt_rtx 1.7.1", "sm_89", "fp16", "p" * 64)
 ENGINE = bytes(range(256)) * 8
 
 
@@ -22,7 +22,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_an_engine_comes_back_and_is_its_owners_only(file: Path) -> None:
     assert load_cached(file.parent, KEY) == ENGINE
-    assert file.name == "decoder.fp16.sm89.engine"
+    assert file.name == "decoder.fp16.sm_89.gggggggggggg.engine"
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.parent.stat().st_mode & 0o777 == 0o700
     assert os.listdir(file.parent) == [file.name]
@@ -50,14 +50,18 @@ def test_bytes_behind_the_engine_are_noticed(file: Path) -> None:
         load_cached(file.parent, KEY)
 
 
-@pytest.mark.parametrize("change", [{"graph": "h" * 64}, {"library": "tensorrt_rtx 1.8"}, {"profile": "q" * 64}])
+@pytest.mark.parametrize(
+    "change", [{"graph": KEY.graph[:12] + "h" * 52}, {"library": "tensorrt_rtx 1.8"}, {"profile": "q" * 64}]
+)
 def test_an_engine_of_something_else_is_stale_and_says_what_differs(file: Path, change: dict[str, str]) -> None:
     with pytest.raises(BundleError, match=f"is stale: it was built for {next(iter(change))}"):
         load_cached(file.parent, dataclasses.replace(KEY, **change))
 
 
-@pytest.mark.parametrize("change", [{"role": "projector"}, {"target": "sm86"}, {"precision": "bf16"}])
-def test_another_role_target_or_precision_is_another_file(file: Path, change: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"role": "projector"}, {"target": "sm_86"}, {"precision": "bf16"}, {"graph": "h" * 64}]
+)
+def test_another_role_target_precision_or_graph_is_another_file(file: Path, change: dict[str, str]) -> None:
     with pytest.raises(CannotRead, match="there is no engine"):
         load_cached(file.parent, dataclasses.replace(KEY, **change))
 
@@ -83,3 +87,12 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CannotWrite, match="cannot write"):
         write_cached(tmp_path / "taken", KEY, ENGINE)
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_the_users_folder_is_where_edgemed_home_says_else_the_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEMED_HOME", "/site")
+    assert engines_folder() == Path("/site/engines")
+    monkeypatch.delenv("EDGEMED_HOME")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/user/cached")
+    assert engines_folder() == Path("/home/user/cached/edgemed/engines")

@@ -23,10 +23,12 @@ import onnxruntime
 
 from edgemed.bundle import open_bundle
 from edgemed.calibration.graph_run import GraphRun
-from edgemed.calibration.qdq import Precision, QuantPlan, activations, default_plan, products_wanted, quantize, sites
+from edgemed.calibration.plan import Precision, QuantPlan
+from edgemed.calibration.qdq import quantize
 from edgemed.calibration.ranges import Method, bounds, measure
 from edgemed.calibration.rounding import measure_products
 from edgemed.calibration.sensitivity import compare, outputs_of, sensitivities, to_markdown
+from edgemed.calibration.sites import activations, default_plan, products_wanted, sites
 from edgemed.calibration.slices import QUESTIONS, read_slices, record_feeds
 
 FORMS: tuple[tuple[str, Precision, Method, str], ...] = (

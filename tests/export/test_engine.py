@@ -1,9 +1,8 @@
-"""Engines built without a GPU: every graph of every family, targets by name, what is refused and how. None is run."""
+"""Engines built without a GPU: every graph of every family, and those of a bundle into a folder. None is run."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgemed.backends.engine_build import build_engine, graph_key
+from edgemed.backends.engine_cache import load_cached
 from edgemed.bundle import Bundle, open_bundle, write_bundle
 from edgemed.checkpoints import open_checkpoint
-from edgemed.errors import BackendUnavailable, BundleError, CannotRead, InvalidInput
-from edgemed.export.engine import build_engine, build_engines, engine_key, load_cached
+from edgemed.errors import BundleError, CannotRead
+from edgemed.export.engine import build_engines
 from edgemed.export.graph_writer import GraphWriter, WeightFile
 from edgemed.export.mixed_precision import in_mixed_precision
 from edgemed.export.portable_decoder import build_portable_decoder, portable_spec
@@ -30,7 +31,7 @@ from edgemed.models.moe import MoeLlama
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (extra: edgemed[gpu])")
 
 compact = pytest.mark.parametrize("reference", ["compact"], indirect=True)
-ALL = [None, "sm75", "sm86", "sm120"]
+ALL = [None, "sm_75", "sm_86", "sm_120"]
 
 
 def save(graph: onnx.ModelProto, folder: Path, name: str = "graph") -> Path:
@@ -69,7 +70,7 @@ def test_the_native_decoder_builds_in_fp16_for_every_target(tmp_path: Path, targ
 @pytest.mark.parametrize("family", ["medrega-tiny", "medplib-tiny"])
 def test_published_decoders_build_with_and_without_experts(reference: Any, tmp_path: Path, family: str) -> None:
     graph, spec = published_decoder(reference, family, tmp_path, "fp16")
-    for target in (None, "sm75"):
+    for target in (None, "sm_75"):
         assert len(build_engine(graph, spec, target)) > 1 << 16
     assert len(build_engine(*published_decoder(reference, family, tmp_path, "bf16"))) > 1 << 16
 
@@ -100,9 +101,9 @@ def test_the_native_decoder_builds_in_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "reason"), [("fp32", "FP32 GEMM is not supported"), ("bf16", "b16")])
-def test_what_sm75_cannot_compute_is_refused_with_the_librarys_reason(tmp_path: Path, dtype: str, reason: str) -> None:
-    with pytest.raises(BundleError, match=f"cannot build it for sm75: .*{reason}"):
-        build_engine(*native_decoder(tmp_path, dtype), "sm75")
+def test_what_sm_75_cannot_compute_is_refused_with_the_librarys_reason(tmp_path: Path, dtype: str, reason: str) -> None:
+    with pytest.raises(BundleError, match=f"cannot build it for sm_75: .*{reason}"):
+        build_engine(*native_decoder(tmp_path, dtype), "sm_75")
 
 
 # --- other graphs -----------------------------------------------------------------------------------------------------
@@ -134,43 +135,7 @@ def test_published_graphs_build_in_fp16_and_fp32(reference: Any, tmp_path: Path,
     graph = build_traced_graph(published.modules[role], published.tensors[role], spec)
     assert len(build_engine(save(graph, tmp_path, "fp32"), spec)) > 1 << 14
     half = save(in_mixed_precision(graph), tmp_path, "fp16")
-    assert len(build_engine(half, spec, "sm75")) > 1 << 14  # which has no product in fp32
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_operator_that_the_library_lacks_is_named_with_its_node() -> None:
-    bundle = open_bundle("nano")
-    with pytest.raises(BundleError, match=r"does not take operator MatMulNBits of node layers\.0\.qkv\.output"):
-        build_engine(bundle.graph_path("decoder"), bundle.spec("decoder"))
-
-
-def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("tensorrt_rtx", "tensorrt"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BackendUnavailable, match=r"edgemed\[gpu\]"):
-        build_engine(tmp_path / "graph.onnx", SPEC)
-
-
-@pytest.mark.parametrize("target", ["sm90", "RTX 4090", ""])
-def test_an_unknown_target_is_refused_with_the_known_ones(tmp_path: Path, target: str) -> None:
-    with pytest.raises(InvalidInput, match="sm75, sm80, sm86, sm89, sm120, sm121, any"):
-        build_engine(save(product(), tmp_path), SPEC, target)
-
-
-def test_files_that_are_no_graph_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CannotRead, match="there is no such file"):
-        build_engine(tmp_path / "none.onnx", SPEC)
-    (tmp_path / "broken.onnx").write_bytes(b"\x08\x08not a graph")
-    with pytest.raises(BundleError, match=r"broken\.onnx"):
-        build_engine(tmp_path / "broken.onnx", SPEC)
-
-
-def test_a_graph_with_other_inputs_than_described_is_refused(tmp_path: Path) -> None:
-    other = dataclasses.replace(SPEC, inputs=(dataclasses.replace(SPEC.inputs[0], name="y"),))
-    with pytest.raises(BundleError, match="has inputs x; the bundle's description says y"):
-        build_engine(save(product(), tmp_path), other)
+    assert len(build_engine(half, spec, "sm_75")) > 1 << 14  # which has no product in fp32
 
 
 # --- a bundle's engines -----------------------------------------------------------------------------------------------
@@ -200,22 +165,30 @@ def bundle_of(folder: Path, scale: float = 1.0) -> Bundle:
 
 def test_engines_of_a_bundle_are_kept_until_something_they_were_built_from_changes(tmp_path: Path) -> None:
     bundle, told = bundle_of(tmp_path / "b"), list[str]()
-    folder, targets = tmp_path / "engines", ("any", "sm89")
+    folder, targets = tmp_path / "engines", ("any", "sm_89")
     first = build_engines(bundle, folder, targets, tell=told.append)
-    assert [b.path.name for b in first] == ["projector.fp32.any.engine", "projector.fp32.sm89.engine"]
+    assert [b.path.name.rsplit(".", 2)[0] for b in first] == ["projector.fp32.any", "projector.fp32.sm_89"]
     assert [b.reused for b in first] == [False, False]
     assert all(load_cached(folder, b.key) for b in first)
     assert [b.reused for b in build_engines(bundle, folder, targets, tell=told.append)] == [True, True]
     assert told == []
     other = bundle_of(tmp_path / "b", scale=2.0)
-    with pytest.raises(BundleError, match="is stale: it was built for graph"):
-        load_cached(folder, engine_key(other, "projector"))
+    with pytest.raises(CannotRead, match="there is no engine"):
+        load_cached(folder, graph_key(other.graph_path("projector"), SPEC))
     assert [b.reused for b in build_engines(other, folder, targets, tell=told.append)] == [False, False]
-    assert len(told) == 2
+    assert told == []
+    wider = replace(SPEC, dims={"rows": DimRange(1, 2, 32)})
+    other = write_bundle(
+        tmp_path / "b", name="small", family="native", graphs={"projector": wider}, precision={"projector": "fp32"},
+        files={"graphs/projector.onnx": product(2.0).SerializeToString()}, replace=True,
+    )  # fmt: skip
+    assert [b.reused for b in build_engines(other, folder, tell=told.append)] == [False]
+    assert "is stale: it was built for profile" in told[-1]
     content = bytearray(first[0].path.read_bytes())
     content[-100] ^= 1
     first[0].path.write_bytes(content)
-    assert [b.reused for b in build_engines(other, folder, targets, tell=told.append)] == [False, True]
+    again = bundle_of(tmp_path / "b")
+    assert [b.reused for b in build_engines(again, folder, targets, tell=told.append)] == [False, True]
     assert "was changed after it was built" in told[-1]
 
 
