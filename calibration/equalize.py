@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 
 from edgemed.calibration.graph_run import GraphRun
 from edgemed.calibration.plan import QuantPlan
-from edgemed.calibration.sites import Site, name_of, planned
+from edgemed.calibration.sites import Site, behind_casts, name_of, planned
 from edgemed.graphs import Feeds, GraphSpec
 
 Floats = npt.NDArray[np.float32]
@@ -119,16 +119,18 @@ def _rounded_product(rows: Rows, weight: Floats, factors: Floats | None) -> Floa
 
 def _groups(model: onnx.ModelProto, role: str, plan: QuantPlan) -> list[list[Site]]:
     """Return the sites that read the same activation, all of them INT8, of weights that no other node reads."""
+    casts = {n.output[0]: n for n in model.graph.node if n.op_type == "Cast"}
     readers: dict[str, int] = {}
     for node in model.graph.node:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
+        for name in () if node.op_type == "Cast" else node.input:
+            weight = behind_casts(name, casts)
+            readers[weight] = readers.get(weight, 0) + 1
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     main = {name_of(node) for node in model.graph.node}
     found: dict[str, list[Site]] = {}
     for site, precision in planned(model, role, plan):
         matrix = site.operator != "Conv" or site.inputs == shapes[site.weight][1]
-        alone = readers.get(site.weight) == 1  # by the node, or by its Cast
+        alone = readers.get(site.weight) == 1
         if precision == "int8" and site.node in main and matrix and alone:
             found.setdefault(site.activation, []).append(site)
     return list(found.values())

@@ -197,7 +197,12 @@ class _Writer:
             how = {"axis": site.axis}
         self._store(f"{name}.q", np.ascontiguousarray(values).astype(helper.tensor_dtype_to_np_dtype(kind)))
         self._store(f"{name}.scale", np.ascontiguousarray(scales))
-        self._add("DequantizeLinear", [f"{name}.q", f"{name}.scale"], name, **how)
+        # Inside an If onnxruntime 1.31 fuses what it comes from and the product to a MatMulNBits that is wrong.
+        kept_apart = bool(self._scope)
+        self._add("DequantizeLinear", [f"{name}.q", f"{name}.scale"], f"{name}.flat" if kept_apart else name, **how)
+        if kept_apart:
+            self._store(f"{name}.shape", np.array(exact.shape, np.int64))
+            self._add("Reshape", [f"{name}.flat", f"{name}.shape"], name)
         error = float(np.linalg.norm(back - channels) / max(float(np.linalg.norm(channels)), 1e-30))
         self._made[name] = (name, error)
         return self._made[name]
@@ -226,12 +231,13 @@ class _Writer:
             nodes = [new for node in graph.node for new in (*self._before.get(node.output[0], ()), node)]
             del graph.node[:]
             graph.node.extend(nodes)
-        used = names_read(self.model.graph) | given
-        for graph in graphs_of(self.model.graph):  # Casts of weights, once
-            nodes = [n for n in graph.node if n.op_type != "Cast" or n.output[0] in used]
-            del graph.node[:]
-            graph.node.extend(nodes)
-        used = names_read(self.model.graph) | given
+        used, before = names_read(self.model.graph) | given, set[str]()
+        while used != before:  # Casts of weights, some behind another
+            for graph in graphs_of(self.model.graph):
+                nodes = [n for n in graph.node if n.op_type != "Cast" or n.output[0] in used]
+                del graph.node[:]
+                graph.node.extend(nodes)
+            used, before = names_read(self.model.graph) | given, used
         kept = [t for t in self.model.graph.initializer if t.name in used]
         del self.model.graph.initializer[:]
         self.model.graph.initializer.extend(kept)

@@ -39,8 +39,11 @@ from edgemed.families import open_family
 from edgemed.graphs import GraphSpec
 
 Named = Literal["int8", "fp8", "int4", "auto"]
-"""int8, fp8: every graph, but a decoder in int8 has 8-bit weights alone. int4: the decoder's weights, int8 elsewhere.
-auto: the smallest of these that passes, graph by graph."""
+"""int8, fp8: vision encoder and decoder; a decoder in int8 has 8-bit weights alone. int4: the decoder's weights, and
+int8 for the vision encoder. auto: as int4, and what does not pass gets more. A plan says it for each graph."""
+
+KEPT = ("projector", "mask_decoder")
+"""Graphs that a name leaves as they are: little work, and their outputs are coordinates and outlines."""
 
 REPORT, PLAN, TABLE = "reports/accuracy.json", "reports/quantization.toml", "reports/sensitivity.md"
 
@@ -134,11 +137,10 @@ class _Work:
 
     def __init__(self, bundle: Bundle, first: Slices, held: Slices, options: QuantizeOptions) -> None:
         self.bundle, self.first, self.held, self.options = bundle, first, held, options
-        ask = {"questions": QUESTIONS, "max_new_tokens": 16, "threads": options.threads}
         options.progress("calibration", 0, 2)
-        calls = record_feeds(bundle, first.scans, **ask)
+        calls = record_feeds(bundle, first.scans, threads=options.threads)
         options.progress("calibration", 1, 2)
-        judged = record_feeds(bundle, held.scans, **ask)
+        judged = record_feeds(bundle, held.scans, threads=options.threads)
         for warning in calls.warnings:
             options.tell(warning)
         options.progress("calibration", 2, 2)
@@ -159,6 +161,8 @@ class _Work:
             raise InvalidInput(f"precision is {named!r}; one of {', '.join(get_args(Named))} or a plan was expected")
         wanted: dict[str, Precision] = {}
         for role, found in self.roles.items():
+            if role in KEPT:
+                continue
             decoder = bool(found.spec.state)
             if named == "fp8":
                 wanted[role] = "fp8"
@@ -170,7 +174,7 @@ class _Work:
             if wanted[role].removesuffix("-weights") == have:
                 self.options.tell(f"{role} is in {have} already and stays as it is")
                 del wanted[role]
-        models = {role: found.exact for role, found in self.roles.items()}
+        models = {role: self.roles[role].exact for role in wanted}
         return default_plan(models, wanted, method=self.options.method, block=self.options.block)
 
     def settle(self, plan: QuantPlan, folder: Path, *, searched: bool) -> tuple[QuantPlan, Agreement]:
@@ -185,37 +189,49 @@ class _Work:
             failed = missed(agreement, self.options.gates, self.steady_text)
             if not failed:
                 return plan, agreement
-            relaxed = self.relaxed(plan) if searched and attempt < _ATTEMPTS - 1 else None
+            blamed = self.blamed(plan, folder)
+            relaxed = self.relaxed(plan, blamed) if searched and attempt < _ATTEMPTS - 1 else None
             if relaxed is None:
-                worst = self.worst(self.furthest(), plan)
+                worst = f"most of it by the {blamed}: {self.worst(blamed, plan)}"
                 raise BundleError(f"the quantized bundle is refused: {'; '.join(failed)}; {worst}; nothing was written")
             self.options.tell(f"{'; '.join(failed)}: {relaxed[1]}")
-            plan, touched = relaxed[0], {relaxed[2]}
+            plan, touched = relaxed[0], {blamed}
         raise AssertionError  # the last attempt returns or raises
 
-    def relaxed(self, plan: QuantPlan) -> tuple[QuantPlan, str, str] | None:
-        """Return (a plan that costs more, what it changes, of which role), or None where nothing is left to give.
+    def relaxed(self, plan: QuantPlan, role: str) -> tuple[QuantPlan, str] | None:
+        """Return (a plan that costs more in this graph, what it changes), or None where nothing is left to give.
 
-        First INT4 becomes INT8, the half of the matrices that suffers most before the rest, then the graph whose
-        outputs are furthest from full precision gives up half of what it still has.
+        First INT4 becomes INT8, the half of the matrices that suffers most, then the rest; then half of what is
+        quantized keeps its precision.
         """
-        for role, found in self.roles.items():
-            fours = [s.node for s, precision in planned(found.exact, role, plan) if precision == "int4-weights"]
-            if fours:
-                table = self.table(role, plan)
-                half = [row.node for row in table if row.node in fours][: -(-len(fours) // 2)]
-                text = f"{len(half)} matrices of the {role} that suffer most from 4 bits get 8"
-                return search.with_nodes(plan, role, half, "int8-weights"), text, role
-        role = self.furthest()
-        rows = [row for row in self.table(role, plan) if plan.of(role, row.node) != "fp32"]
+        now = {site.node: precision for site, precision in planned(self.roles[role].exact, role, plan)}
+        fours = [node for node, precision in now.items() if precision == "int4-weights"]
+        rows = [row for row in self.table(role, plan) if row.node in (fours or now)]
         if not rows:
             return None
-        some = rows[: -(-len(rows) // 2)]
-        return search.with_excluded(plan, role, some), f"{len(some)} nodes of the {role} keep their precision", role
+        some = rows if fours and len(fours) < len(now) else rows[: -(-len(rows) // 2)]
+        if fours:
+            nodes = [row.node for row in some]
+            text = f"{len(some)} matrices of the {role} that suffer most from 4 bits get 8"
+            return search.with_nodes(plan, role, nodes, "int8-weights"), text
+        return search.with_excluded(plan, role, some), f"{len(some)} nodes of the {role} keep their precision"
 
-    def furthest(self) -> str:
-        """Return the graph whose outputs are furthest from full precision."""
-        return max(self.roles, key=lambda r: max((row.relative_error for row in self.roles[r].rows), default=0.0))
+    def blamed(self, plan: QuantPlan, folder: Path) -> str:
+        """Return the quantized graph that changes the answers most where it alone is quantized."""
+        models = {role: found.model for role, found in self.roles.items() if found.model is not None}
+        if len(models) == 1:
+            return next(iter(models))
+        losses = {}
+        for role in models:
+            for other, found in self.roles.items():
+                found.model = models[role] if other == role else None
+            alone = self.ask_both(plan, folder)
+            losses[role] = sum(
+                1 - (v if v is not None else 1) for v in (alone.same_text, alone.box_iou, alone.mask_dice)
+            )
+        for role, model in models.items():
+            self.roles[role].model = model
+        return max(losses, key=lambda role: losses[role])
 
     # -- one graph -----------------------------------------------------------------------------------------------------
 
@@ -277,7 +293,11 @@ class _Work:
         flat = without_branches(model)
         names, inputs = activations(model, role, plan), products_wanted(model, role, plan)
         limits = bounds(measure(flat, found.spec, names, found.calls, **how), plan.method) if names else {}
-        return model, limits, measure_products(flat, found.spec, inputs, found.calls, **how) if inputs else {}
+        if not inputs:
+            return model, limits, {}
+        # Of rows of one length each: what a decoder makes of first tokens is a thousand times longer than of others.
+        alike = bool(found.spec.state)
+        return model, limits, measure_products(flat, found.spec, inputs, found.calls, same_length=alike, **how)
 
     def table(self, role: str, plan: QuantPlan) -> tuple[Sensitivity, ...]:
         """Return the sensitivity of every node that a plan without exclusions of the search quantizes, worst first."""

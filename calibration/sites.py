@@ -68,28 +68,35 @@ def sites(model: onnx.ModelProto) -> tuple[Site, ...]:
     """Return every MatMul, Gemm and Conv in order, with why a default plan leaves some out."""
     stored = {t.name: t for t in model.graph.initializer}
     every = [node for graph in graphs_of(model.graph) for node in graph.node]
-    casts = {n.output[0]: n for n in every if n.op_type == "Cast" and n.input[0] in stored}
+    casts = {n.output[0]: n for n in every if n.op_type == "Cast"}
     nodes = [n for n in every if n.op_type in ("MatMul", "Gemm", "Conv") and n.domain in ("", "ai.onnx")]
     convolutions = [name_of(n) for n in nodes if n.op_type == "Conv"]
     found = []
     for node in nodes:
-        cast = casts.get(node.input[1])
-        constant = stored.get(cast.input[0] if cast else node.input[1])
+        constant = stored.get(behind_casts(node.input[1], casts))
         if constant is None:
             reason = "both inputs are computed: attention, kept for accuracy"
             found.append(Site(name_of(node), node.op_type, node.input[0], "", 0, 0, reason=reason, matrix=False))
             continue
-        if node.input[0] in stored or node.input[0] in casts:
+        if behind_casts(node.input[0], casts) in stored:
             continue  # a constant, which any runtime computes once
         shape = tuple(constant.dims) or (1,)
         axis = _output_axis(node, len(shape))
         inputs = int(np.prod(shape)) // shape[axis] if shape[axis] else 0
         cannot = _cannot(node, constant)
         reason = cannot or _reason(node, constant, inputs, convolutions)
+        cast = casts.get(node.input[1])
         dtype = _attribute(cast, "to", 0) if cast else constant.data_type
         where = name_of(node), node.op_type, node.input[0], constant.name, axis, inputs
         found.append(Site(*where, dtype, reason, matrix=not cannot))
     return tuple(found)
+
+
+def behind_casts(tensor: str, casts: Mapping[str, onnx.NodeProto]) -> str:
+    """Return what a tensor is before all Casts. casts: output -> Cast node."""
+    while tensor in casts:
+        tensor = casts[tensor].input[0]
+    return tensor
 
 
 def _output_axis(node: onnx.NodeProto, rank: int) -> int:
@@ -159,7 +166,7 @@ def planned(model: onnx.ModelProto, role: str, plan: QuantPlan) -> list[tuple[Si
     named = plan.nodes.get(role, {})
     if unknown := sorted({*named, *plan.excluded.get(role, {})} - {site.node for site in known}):
         raise InvalidInput(f"the plan names {unknown[0]}, which is no MatMul, Gemm or Conv of the {role}")
-    found = []
+    found: list[tuple[Site, Precision]] = []
     for site in known:
         if (precision := plan.of(role, site.node)) == "fp32":
             continue
@@ -234,4 +241,5 @@ def without_branches(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _branch(node: onnx.NodeProto, name: str) -> onnx.GraphProto:
-    return next(attribute.g for attribute in node.attribute if attribute.name == name)
+    (graph,) = (attribute.g for attribute in node.attribute if attribute.name == name)
+    return graph  # type: ignore[no-any-return]

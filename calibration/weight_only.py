@@ -23,7 +23,7 @@ from edgemed.errors import InvalidInput
 Floats = npt.NDArray[np.float32]
 
 _FUSED = "com.microsoft"
-_DAMPING = 0.05  # SmolLM2-135M, text of another kind: perplexity +6.0 % against fp32, with 0.01 +7.6 %
+_DAMPING = 0.2  # SmolLM2-135M, calibrated on text of another kind: 0.05 and 0.2 lose the same
 _PARTS = tuple(1 - 0.05 * i for i in range(-1, 7))  # of the scale that just holds the largest weight
 
 

@@ -14,15 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportOptions", "export_bundle"]
 
-FORMATS = ("auto", "fp32", "int8", "int4")
-"""How the matrices of a graph may be stored; auto is int8 for a native decoder and fp32, which is exact, elsewhere."""
+FORMATS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
+"""How the matrices of a graph may be stored; which of them a target takes, and what auto means, is in `published`."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What an export may be told.
 
-    decoder, vision: one of FORMATS. block: weights that share a scale; None: 32 for int8, 64 for int4.
+    target: "onnxruntime" or "tensorrt", whose graphs have standard operators only. decoder, vision: one of FORMATS;
+    for tensorrt, projector and mask decoder are fp32 where the vision encoder is, else fp16. block: weights that share
+    a scale; None: 32 for int8, 64 for int4.
     compat, cache: as `describe` of the published families takes them. extra: prefix -> file whose tensors come with the
     checkpoint's. slices: scans to compare on. compare: whether the graphs are compared with torch; None: where the
     weights in float32 take at most a quarter of the memory.
@@ -30,6 +32,7 @@ class ExportOptions:
     """
 
     name: str | None = None
+    target: str = "onnxruntime"
     decoder: str = "auto"
     vision: str = "auto"
     block: int | None = None

@@ -118,11 +118,9 @@ class DecoderBuilder:
         """Return [1, sequence, width]: embedding rows, or rows of image_tokens where the id is past the vocabulary."""
         c = self.config
         read = self.tensor("embedding.weight", c.vocabulary, c.width)
-
-        def as_stored() -> Array:
-            return smallest(read()) if dtype == "exact" else as_float32(read()).astype(dtype)
-
-        table = self.writer.stored("embedding.weight", c.vocabulary * c.width, as_stored)
+        table = self.writer.stored(
+            "embedding.weight", c.vocabulary * c.width, lambda: self.embedding_table(read(), dtype)
+        )
         vocabulary, zero = self.constant("vocabulary", np.array(c.vocabulary)), self.constant("zero", np.array(0))
         from_image = self.node("GreaterOrEqual", ["input_ids", vocabulary], "from_image")
         token = self.node("Where", [from_image, zero, "input_ids"], "token")
@@ -134,6 +132,10 @@ class DecoderBuilder:
         image = self.node("Gather", ["image_tokens", row], "image_rows", axis=0)
         choose = self.node("Unsqueeze", [from_image, self.constant("last_axis", np.array([-1]))], "choose")
         return self.node("Where", [choose, image, text], "embeddings")
+
+    def embedding_table(self, table: Array, dtype: str) -> Array:
+        """Return the embedding table as it is stored."""
+        return smallest(table) if dtype == "exact" else as_float32(table).astype(dtype)
 
     def _layer(self, i: int, x: str, normed: str) -> tuple[str, str]:
         """Add layer i. Return (residual stream after it, its norm for what follows)."""

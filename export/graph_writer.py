@@ -1,7 +1,8 @@
 """Collects the nodes and weights of one ONNX graph; large weights go straight to a file as they come.
 
-Covers storing weights in the smallest type that holds them exactly, matrices in blocks of integers, and going on with a
-weight file that an earlier run left unfinished. Does not cover what a graph computes (`decoder_graph`, `traced_graph`).
+Covers storing weights in the smallest type that holds them exactly, matrices rounded or as integers with scales, and
+going on with a weight file that an earlier run left unfinished. Does not cover what a graph computes (`decoder_graph`,
+`traced_graph`).
 
 A weight is given as its name, its shape and a function that reads it, so that a matrix which is in the file already is
 not read again, and none is held longer than it takes to write it.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +29,21 @@ from edgemed.graphs import GraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
 Read = Callable[[], Array]
-Precision = Literal["fp32", "int8", "int4"]
+Computed = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 FUSED = "com.microsoft"
 OPSET = 21
 IR_VERSION = 10
 
 BITS = {"int8": 8, "int4": 4}
+TYPES: Mapping[str, np.dtype[Any]] = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp32": np.dtype(np.float32),
+}
+"""Precision -> the type that is computed in."""
+_CHUNK = 1 << 22  # weights held as float32 at a time
 _LARGE = 1024  # bytes from which on a weight goes to the weight file
 _ALIGNMENT = 4096  # of every weight in the file, so that it can be mapped
 
@@ -43,13 +52,50 @@ _ALIGNMENT = 4096  # of every weight in the file, so that it can be mapped
 class MatrixFormat:
     """How matrices are stored.
 
-    fp32: as they are, computed in fp32. int8, int4: blocks of `block` weights with a scale each. accuracy_level: 4 lets
-    the runtime round activations to 8 bits block by block (fastest), 0 computes in fp32.
+    fp32: as they are, computed in fp32. fp16, bf16: rounded. int8, int4: blocks of `block` weights with a scale each.
+    accuracy_level: 4 lets the runtime round activations to 8 bits block by block (fastest), 0 computes in fp32.
+    standard: integers for standard operators, computed in fp16; int8 then has one scale for each output.
     """
 
     precision: Precision = "fp32"
     block: int = 32
     accuracy_level: int = 4
+    standard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision in BITS and (self.block < 16 or self.block & (self.block - 1)):
+            raise InvalidInput(f"{self.precision} in blocks of {self.block}; a power of two from 16 on was expected")
+
+    @property
+    def packed(self) -> bool:
+        """Whether matrices are integers."""
+        return self.precision in BITS
+
+    @property
+    def computed(self) -> Computed:
+        """The precision of what is multiplied and is no packed matrix."""
+        if self.precision == "int8" or self.precision == "int4":
+            return "fp16" if self.standard else "fp32"
+        return self.precision
+
+    def packed_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes that the integers and scales of a matrix [rows, columns] take in a weight file."""
+        share = BITS[self.precision] / 8
+        if self.standard:
+            scales = rows * (1 if self.precision == "int8" else columns // self.block_of(columns))
+            return room(rows * columns, share) + room(scales, 2)
+        blocks = rows * -(-columns // self.block)
+        return room(blocks * self.block, share) + room(blocks, 4)
+
+    def block_of(self, columns: int) -> int:
+        """Return the largest power of two up to `block` that divides the inputs: TensorRT takes whole blocks only.
+
+        Raises InvalidInput where that is below 16.
+        """
+        fitting = min(self.block, columns & -columns)
+        if fitting < 16:
+            raise InvalidInput(f"int4 needs matrices whose inputs are a multiple of 16; one has {columns}. Choose int8")
+        return fitting
 
 
 class WeightFile:
@@ -85,10 +131,10 @@ class WeightFile:
         try:
             start = _aligned(self._file.tell())
             self._file.seek(start)
-            left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            left = _bytes_of(array)
+            entry = (str(array.dtype), list(array.shape), start, len(left))
             while left:  # the system takes 2 GiB at a time
                 left = left[self._file.write(left) :]
-            entry = (str(array.dtype), list(array.shape), start, array.nbytes)
             self._journal.write(json.dumps([name, *entry]).encode() + b"\n")
         except OSError as error:
             raise _cannot_write(self.path, error) from error
@@ -117,6 +163,15 @@ class WeightFile:
         """Close the file as it is, to be gone on with."""
         self._file.close()
         self._journal.close()
+
+
+def _bytes_of(array: Array) -> memoryview:
+    """Return an array's bytes as ONNX stores them: of two 4-bit values, the first is the lower half of a byte."""
+    flat: Array = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if array.dtype == ml_dtypes.int4:
+        flat = np.append(flat, np.zeros(flat.size % 2, np.uint8)) & 15
+        flat = flat[0::2] | flat[1::2] << 4
+    return flat.data
 
 
 def room(size: int, itemsize: float) -> int:
@@ -182,7 +237,9 @@ class GraphWriter:
             [value_info(t) for t in spec.outputs],
             list(self.initializers.values()),
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, 1)]
+        opsets = [helper.make_opsetid("", OPSET)]
+        if not self.matrices.standard:
+            opsets.append(helper.make_opsetid(FUSED, 1))
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgemed")
 
     def node(
@@ -220,19 +277,56 @@ class GraphWriter:
             return name
         return self.as_float(name)
 
+    def factor(self, name: str, size: int, read: Read) -> str:
+        """Store a weight that is multiplied, rounded to the writer's format; return the name of its float32 value.
+
+        Raises InvalidInput where the format does not hold a value.
+        """
+        if self.matrices.computed == "fp32":
+            return self.weight(name, size, read)
+        self.stored(name, size, lambda: rounded(read(), self.matrices.computed, name))
+        return self.as_float(name)
+
     def as_float(self, name: str) -> str:
         """Return the float32 value of a tensor of another type; the runtime computes it once, when it loads."""
-        cast = f"{name}.float"
-        if not any(node.output[0] == cast for node in self.nodes):
-            self.node("Cast", [name], cast, to=TensorProto.FLOAT)
-        return cast
+        return self._once("Cast", [name], f"{name}.float", to=TensorProto.FLOAT)
+
+    def dequantized(self, name: str, rows: int, columns: int, read: Read) -> str:
+        """Store the weight [rows, columns] that `read` gives as integers; return its float16 value [columns, rows].
+
+        It is computed where the node stands: in a branch that is not taken, not at all.
+        """
+        form = self.matrices
+        values, scales = f"{name}.{form.precision}", f"{name}.scales"
+        block = form.block_of(columns) if form.precision == "int4" else columns
+        both: dict[str, Array] = {}
+
+        def quantize(wanted: str) -> Array:
+            if not both:
+                both[values], both[scales] = quantized(read(), block, form.precision)
+            return both[wanted]
+
+        self.stored(values, rows * columns, lambda: quantize(values))
+        self.stored(scales, rows * (columns // block), lambda: quantize(scales))
+        how = {"axis": 0, "block_size": block} if form.precision == "int4" else {"axis": 1}
+        return self._once("DequantizeLinear", [values, scales], f"{name}.fp16", **how)
+
+    def _once(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Add a node unless it is there, and return its output."""
+        if not any(node.output[0] == output for node in self.nodes):
+            self.node(op, inputs, output, **attributes)
+        return output
 
     def matmul(self, x: str, name: str, rows: int, columns: int, read: Read, output: str) -> str:
         """Return x [..., columns] @ weight.T; `read` gives weight [rows, columns], stored in the writer's format."""
         form = self.matrices
-        if form.precision == "fp32":
-            matrix = self.weight(name, rows * columns, lambda: read().T)
+        if not form.packed:
+            matrix = self.factor(name, rows * columns, lambda: read().T)
             return self.node("MatMul", [x, matrix], output)
+        if form.standard:
+            low = self.node("Cast", [x], f"{output}.given", to=TensorProto.FLOAT16)
+            product = self.node("MatMul", [low, self.dequantized(name, rows, columns, read)], f"{output}.product")
+            return self.node("Cast", [product], output, to=TensorProto.FLOAT)
         bits = BITS[form.precision]
         packed, scales = f"{name}.{form.precision}", f"{name}.scales"
         blocks = -(-columns // form.block)
@@ -253,6 +347,57 @@ class GraphWriter:
     def _advance(self, size: int) -> None:
         if self._progress:
             self._progress(size)
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def rounded(array: Array, precision: Computed, name: str) -> Array:
+    """Return `array` in the type of fp16, bf16 or fp32; `name` is for the message.
+
+    Raises InvalidInput where a value is not finite or beyond what the type holds.
+    """
+    dtype = TYPES[precision]
+    out = np.empty(array.shape, dtype)
+    given, made = (array.T, out.T) if array.flags.f_contiguous else (array, out)  # by rows as they lie in the memory
+    for part in _chunks(len(given), given[:1].size) if given.ndim else (...,):
+        with np.errstate(over="ignore"):
+            made[part] = as_float32(given[part]).astype(dtype)
+        if not np.isfinite(made[part]).all():
+            advice = "" if precision != "fp16" else "choose bf16 or fp32 (a decoder), fp32 (another graph), or "
+            raise InvalidInput(
+                f"tensor {name} has a value that {precision} does not hold; {advice}get the checkpoint again"
+            )
+    return out
+
+
+def quantized(matrix: Array, block: int, precision: Precision) -> tuple[Array, Array]:
+    """Return (int8 or int4 values [inputs, outputs], float16 scales) of a matrix [outputs, inputs]; value = q * scale.
+
+    int8: scales [outputs], `block` being all inputs. int4: [inputs / block, outputs]; -8 is used, so that no scale is
+    larger than it needs to be. Symmetric, round to nearest, in chunks of rows: a large matrix is never held as float32.
+
+    Raises InvalidInput where a weight is not finite or a scale is beyond float16.
+    """
+    outputs, inputs = matrix.shape
+    lowest, highest = (-127, 127) if precision == "int8" else (-8, 7)
+    values = np.empty((inputs, outputs), np.int8)
+    scales = np.empty((inputs // block, outputs), np.float16)
+    for part in _chunks(outputs, inputs):
+        grouped = as_float32(matrix[part]).reshape(-1, inputs // block, block)  # [some outputs, blocks, block]
+        bound = np.maximum(grouped.max(axis=2) / np.float32(highest), grouped.min(axis=2) / np.float32(lowest))
+        with np.errstate(over="ignore"):
+            scale = np.maximum(bound, np.finfo(np.float16).tiny).astype(np.float16)
+        if not np.isfinite(scale).all():  # of a NaN too: the largest of some numbers and a NaN is a NaN
+            raise InvalidInput("a weight is not a finite number, or too large for fp16; the checkpoint is damaged")
+        whole = np.rint(grouped / scale.astype(np.float32)[..., None]).clip(lowest, highest)
+        values[:, part] = whole.reshape(-1, inputs).T
+        scales[:, part] = scale.T
+    if precision == "int8":
+        return values, scales[0]
+    return values.astype(ml_dtypes.int4), scales
 
 
 def smallest(array: Array) -> Array:

@@ -15,9 +15,11 @@ from onnx import TensorProto, helper
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 """Operators that are computed in float16."""
 
+_HALF = TensorProto.FLOAT16
+
 
 def in_mixed_precision(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a graph whose products are computed in float16; all their inputs must be float32.
+    """Return a copy of a graph whose products are computed in float16; one that is already stays as it is.
 
     Not in bfloat16: convolutions have it from opset 22 on only.
 
@@ -27,13 +29,14 @@ def in_mixed_precision(model: onnx.ModelProto) -> onnx.ModelProto:
     made.CopyFrom(model)
     del made.graph.node[:]
     lowered: set[str] = set()
+    half = {n.output[0] for n in model.graph.node if any(a.name == "to" and a.i == _HALF for a in n.attribute)}
     for node in model.graph.node:
-        if node.op_type not in PRODUCTS or node.domain:
+        if node.op_type not in PRODUCTS or node.domain or node.input[0] in half:
             made.graph.node.append(node)
             continue
         for name in node.input:
             if name and name not in lowered:
-                made.graph.node.append(_cast(name, f"{name}.fp16", TensorProto.FLOAT16))
+                made.graph.node.append(_cast(name, f"{name}.fp16", _HALF))
                 lowered.add(name)
         product = made.graph.node.add()
         product.CopyFrom(node)

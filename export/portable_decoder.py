@@ -1,8 +1,9 @@
 """The decoder of `decoder_graph` in standard ONNX operators only (opset 24), for TensorRT-RTX and any runtime.
 
 Covers what the fused graph covers, with the same inputs and outputs by name; the cache is float16, bfloat16 or float32
-as the matrices are. Does not cover packed matrices, nor bounds: an id or a position past its table is refused by
-onnxruntime and not by an engine, so that a caller has to check both.
+as the products are. Packed matrices are integers behind a DequantizeLinear each, within the branch that reads them.
+Does not cover bounds: an id or a position past its table is refused by onnxruntime and not by an engine, so that a
+caller has to check both.
 
 The residual stream, norms, rotation and router are float32, whatever the matrices are, and an engine that is built
 strongly typed computes what is written here; the precision of a softmax within Attention is the runtime's, since
@@ -16,39 +17,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from edgemed.blocks import as_float32
 from edgemed.errors import InvalidInput
 from edgemed.export.decoder_graph import ROPE, DecoderBuilder
-from edgemed.export.graph_writer import GraphWriter
+from edgemed.export.graph_writer import TYPES, Computed, GraphWriter, rounded
 from edgemed.graphs import GraphSpec
 
 if TYPE_CHECKING:
     from edgemed.models.llama import LlamaConfig
 
 Array = npt.NDArray[Any]
-Precision = Literal["fp16", "bf16", "fp32"]
-
 OPSET, IR_VERSION = 24, 11
-TYPES: Mapping[str, np.dtype[Any]] = {
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "fp32": np.dtype(np.float32),
-}
-"""Precision -> the type of matrices and cache."""
 
 _MASKED = -3e4
 """What is added to the score of a position that must not be seen: float16 holds it, and exp of it is 0 in float32."""
 
 
-def portable_spec(spec: GraphSpec, dtype: Precision = "fp16") -> GraphSpec:
+def portable_spec(spec: GraphSpec, dtype: Computed = "fp16") -> GraphSpec:
     """Return the GraphSpec of the portable form of a decoder: that of the fused one with the cache in `dtype`.
 
     bf16: NumPy knows the type only where ml_dtypes is imported, which a workstation does not have.
@@ -67,21 +58,24 @@ def build_portable_decoder(
     tensors: Mapping[str, Any],
     spec: GraphSpec,
     *,
-    dtype: Precision = "fp16",
+    dtype: Computed = "fp16",
     experts: Sequence[int] = (),
     writer: GraphWriter | None = None,
 ) -> onnx.ModelProto:
     """Return the ONNX model; `portable_spec(spec, dtype)` describes it.
 
-    spec: of the decoder, fused or portable. dtype: of the matrices, the embedding table and the cache; logits, hidden
-    and router are float32. tensors, experts and writer are as `build_decoder_graph` takes them.
+    spec: of the decoder, fused or portable. dtype: of products, the embedding table and the cache; logits, hidden and
+    router are float32. tensors, experts and writer are as `build_decoder_graph` takes them; packed matrices must be
+    of the standard form, and dtype fp16.
 
-    Raises InvalidInput where a tensor is missing, has another shape than `config` says or does not fit `dtype`, and
-    where the writer packs matrices.
+    Raises InvalidInput where a tensor is missing, has another shape than `config` says or does not fit `dtype`.
     """
     writer = writer or GraphWriter()
-    if writer.matrices.precision != "fp32":
-        raise InvalidInput(f"the portable decoder has matrices in {', '.join(TYPES)}, not {writer.matrices.precision}")
+    if writer.matrices.packed and not (writer.matrices.standard and dtype == "fp16"):
+        raise InvalidInput(
+            f"the portable decoder takes {writer.matrices.precision} in standard operators beside fp16; the matrices "
+            f"are to be packed for onnxruntime, or {dtype} was asked for"
+        )
     spec = _with_fixed_cache(portable_spec(spec, dtype))
     model = _PortableBuilder(config, tensors, spec, experts or [1] * config.layers, writer, dtype).build(
         TYPES[dtype].name
@@ -90,6 +84,41 @@ def build_portable_decoder(
     model.opset_import.append(helper.make_opsetid("", OPSET))
     model.ir_version = IR_VERSION
     return model
+
+
+def bf16_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a decoder in bf16 for a runtime that has none: inputs rounded to bf16 as before, products in fp32.
+
+    For comparisons. `portable_spec(spec, "fp32")` describes it; references to weight files stay.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    _widen(made.graph)
+    return made
+
+
+def _widen(graph: onnx.GraphProto) -> None:
+    """Make every bf16 value of a graph and of those inside it float32, rounded where it was cast."""
+    for info in (*graph.input, *graph.output):
+        if info.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            info.type.tensor_type.elem_type = TensorProto.FLOAT
+    nodes, graph_nodes = list(graph.node), graph.node
+    del graph_nodes[:]
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            name, tensor.name = tensor.name, f"{tensor.name}.bf16"
+            graph_nodes.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _widen(attribute.g)
+        output = node.output[0]
+        rounds = node.op_type == "Cast" and node.attribute[0].i == TensorProto.BFLOAT16
+        if rounds:
+            node.output[0] = f"{output}.bf16"
+        graph_nodes.append(node)
+        if rounds:
+            graph_nodes.append(helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT))
 
 
 def _with_fixed_cache(spec: GraphSpec) -> GraphSpec:
@@ -115,12 +144,13 @@ class _PortableBuilder(DecoderBuilder):
         spec: GraphSpec,
         experts: Sequence[int],
         writer: GraphWriter,
-        dtype: Precision,
+        dtype: Computed,
     ) -> None:
         super().__init__(config, tensors, spec, experts, writer)
         self.dtype = dtype
         self.type = TYPES[dtype]
         self.kind = helper.np_dtype_to_tensor_dtype(self.type)
+        self.in_branch = False
         self.low: set[str] = set()
         self.cast: dict[str, str] = {}  # float32 value -> the same in the matrices' type
 
@@ -190,6 +220,10 @@ class _PortableBuilder(DecoderBuilder):
         heads = self.constant("heads_shape", np.array([1, c.heads, -1, c.head_dim]))
         return self.node("Reshape", [found, heads], p + "mixed_heads")
 
+    def embedding_table(self, table: Array, dtype: str) -> Array:
+        """Return the embedding table as it is stored. Raises InvalidInput where `dtype` does not hold it."""
+        return rounded(table, self.dtype, "embedding.weight")
+
     def silu(self, x: str, name: str) -> str:
         """Return x * sigmoid(x)."""
         return self.node("Mul", [x, self.node("Sigmoid", [x], f"{name}.sigmoid")], name)
@@ -229,11 +263,12 @@ class _PortableBuilder(DecoderBuilder):
     def _if(self, condition: str, rows: str, p: str, out: str) -> str:
         """Return the MLP with the prefix `p` over `rows` where the scalar condition holds, else `rows` as they are."""
         outer, self.writer.nodes = self.writer.nodes, []
+        self.in_branch = True
         try:
             self.swiglu(rows, p)
             then = self._branch(f"{out}.computed", self.writer.nodes)
         finally:
-            self.writer.nodes = outer
+            self.writer.nodes, self.in_branch = outer, False
         skip = self._branch(f"{out}.skip", [helper.make_node("Identity", [rows], [f"{out}.rows"], name=f"{out}.rows")])
         return self._low(self.node("If", [condition], out, then_branch=then, else_branch=skip))
 
@@ -245,19 +280,16 @@ class _PortableBuilder(DecoderBuilder):
 
     def linear(self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "") -> str:
         """Return x @ weight.T in the matrices' type; as the graph's `output`, in float32."""
-        read = self.tensor(f"{name}.weight", rows, columns)
-
-        def rounded() -> Array:
-            with np.errstate(over="ignore"):
-                matrix = as_float32(read()).T.astype(self.type)
-            if not np.isfinite(matrix).all():
-                raise InvalidInput(
-                    f"tensor {name}.weight has a value that {self.dtype} does not hold; write the decoder in bf16 or "
-                    "fp32, or get the checkpoint again"
-                )
-            return matrix
-
-        weight = self.writer.stored(f"{stored or name}.weight", rows * columns, rounded)
+        read, stored = self.tensor(f"{name}.weight", rows, columns), f"{stored or name}.weight"
+        if self.writer.matrices.packed:
+            weight = self.writer.dequantized(stored, rows, columns, read)
+            if self.in_branch:
+                # onnxruntime 1.31 makes one operator of the two, which in a branch computes something else (measured:
+                # relative error 1) or does not load; a Reshape between them keeps it from that, and engines as small.
+                own_shape = self.constant(f"shape_{columns}_{rows}", np.array([columns, rows]))
+                weight = self.node("Reshape", [weight, own_shape], f"{weight}.kept_apart")
+        else:
+            weight = self.writer.stored(stored, rows * columns, lambda: rounded(read().T, self.dtype, f"{name}.weight"))
         given = self.lowered(x)
         if output and self.dtype != "fp32":
             product = self.node("MatMul", [given, weight], f"{output}.{self.dtype}")

@@ -1,8 +1,8 @@
-"""Published checkpoint -> bundle, one weight at a time: what is larger than the memory is converted, too.
+"""Checkpoint -> bundle, one weight at a time: what is larger than the memory is converted, too.
 
-Covers the order of work, going on where an earlier run was stopped, room on the disk, and leaving nothing half-written.
-Does not cover what the graphs compute (`decoder_graph`, `traced_graph`) or which families there are
-(`edgemed.families.opened_torch`).
+Covers the order of work, the two targets, going on where an earlier run was stopped, room on the disk, and leaving
+nothing half-written. Does not cover what the graphs compute (`decoder_graph`, `portable_decoder`, `traced_graph`) or
+which families there are (`edgemed.families.opened_torch`). A native bundle for onnxruntime is `write`'s.
 
 While it runs, everything lies in `.<bundle>.part` beside the bundle. A run that is interrupted leaves it, and the same
 command goes on from there; a run that fails removes it.
@@ -26,31 +26,95 @@ from edgemed.bundle import MANIFEST, Bundle, graph_file, write_bundle
 from edgemed.checkpoints import Checkpoint
 from edgemed.errors import CannotWrite
 from edgemed.export.decoder_graph import build_decoder_graph
-from edgemed.export.graph_writer import BITS, GraphWriter, MatrixFormat, WeightFile, room
+from edgemed.export.graph_writer import TYPES, Computed, GraphWriter, MatrixFormat, Precision, WeightFile, room
+from edgemed.export.mixed_precision import in_mixed_precision
+from edgemed.export.portable_decoder import build_portable_decoder, portable_spec
 from edgemed.export.traced_graph import build_traced_graph
 from edgemed.families.published_torch import Published
+from edgemed.graphs import GraphSpec
 
 Progress = Callable[[int, int], None]
 """Called with (weights written, weights in all), in elements."""
 
 _SPARE = 1.01  # what the estimate of the size leaves for nodes and norms
-_NOT_PACKED = ("embedding.weight", "router.weight")
+_NOT_PACKED = ("embedding.weight", "router.weight", "box_draft.table")
 _LICENCE = (
     "Weights: those of the checkpoint that this bundle was made from. Their terms are their owner's; "
     "edgemed adds none.\n"
 )
 
 
+Build = Callable[[Published, str, GraphSpec, GraphWriter], onnx.ModelProto]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a bundle is made for: the precisions its graphs may have, that of "auto" first, and how they are written.
+
+    standard: only operators of the ONNX standard, every value in the type that it is computed in. spec: the GraphSpec
+    of the decoder in a precision. build: writes the graph of a role.
+    """
+
+    name: str
+    decoder: tuple[Precision, ...]
+    vision: tuple[Precision, ...]
+    standard: bool
+    spec: Callable[[GraphSpec, Computed], GraphSpec]
+    build: Build
+
+
+def _fused(published: Published, role: str, spec: GraphSpec, writer: GraphWriter) -> onnx.ModelProto:
+    if role != "decoder":
+        return build_traced_graph(published.modules[role], published.tensors[role], spec, writer)
+    return build_decoder_graph(
+        published.decoder, published.tensors[role], spec,
+        embedding_dtype="exact", experts=published.experts, writer=writer,
+    )  # fmt: skip
+
+
+def _portable(published: Published, role: str, spec: GraphSpec, writer: GraphWriter) -> onnx.ModelProto:
+    computed = writer.matrices.computed
+    if role != "decoder":
+        graph = build_traced_graph(published.modules[role], published.tensors[role], spec, writer)
+        return in_mixed_precision(graph) if computed == "fp16" else graph
+    return build_portable_decoder(
+        published.decoder, published.tensors[role], spec, dtype=computed, experts=published.experts, writer=writer
+    )
+
+
+ONNXRUNTIME = Target(
+    "onnxruntime", ("fp32", "int8", "int4"), ("fp32", "int8", "int4"), False, lambda spec, _: spec, _fused
+)
+TENSORRT = Target(
+    "tensorrt", ("fp16", "bf16", "fp32", "int8", "int4"), ("fp16", "fp32", "int8"), True, portable_spec, _portable
+)
+TARGETS: Mapping[str, Target] = {target.name: target for target in (ONNXRUNTIME, TENSORRT)}
+
+
 @dataclass(frozen=True)
 class Conversion:
-    """How a checkpoint becomes a bundle: its name, and the format of the matrices by role; others are exact."""
+    """How a checkpoint becomes a bundle: its name, the format of the matrices by role (others are exact), the target.
+
+    notice, licences: of the weights, for the bundle.
+    """
 
     name: str
     formats: Mapping[str, MatrixFormat] = field(default_factory=dict)
+    target: Target = ONNXRUNTIME
+    notice: str = _LICENCE
+    licences: Mapping[str, str] = field(default_factory=lambda: {"weights": "as the checkpoint's owner says"})
 
     def format_of(self, role: str) -> MatrixFormat:
         """Return the format of a role's matrices."""
-        return self.formats.get(role, MatrixFormat())
+        return self.formats.get(role, MatrixFormat(standard=self.target.standard))
+
+    def specs(self, published: Published) -> dict[str, GraphSpec]:
+        """Return the GraphSpec of each graph that is written, by role."""
+        decoder = self.format_of("decoder").computed
+        return {
+            role: self.target.spec(spec, decoder) if role == "decoder" else spec
+            for role, spec in published.specs.items()
+        }
 
 
 def write_published_bundle(
@@ -88,11 +152,11 @@ def write_published_bundle(
             output,
             name=conversion.name,
             family=published.family,
-            graphs=published.specs,
-            files={**files, **published.files, **reports, "NOTICE": _LICENCE.encode()},
+            graphs=conversion.specs(published),
+            files={**files, **published.files, **reports, "NOTICE": conversion.notice.encode()},
             precision={role: conversion.format_of(role).precision for role in published.specs},
             versions={p: version(p) for p in ("onnx", "torch")} | {"edgemed": __version__},
-            licences={"weights": "as the checkpoint's owner says"},
+            licences=conversion.licences,
             settings=published.settings,
             replace=replace,
             move=True,
@@ -148,11 +212,11 @@ def estimated_bytes(published: Published, conversion: Conversion) -> int:
         if role == "decoder" and config.tied:
             weights.append(("head.weight", "embedding.weight", (config.vocabulary, config.width)))
         for name, source, shape in weights:
-            if form.precision == "fp32" or len(shape) != 2 or name.endswith(_NOT_PACKED):
-                total += room(math.prod(shape), min(4, tensors.itemsize(source)))
-                continue
-            blocks = shape[0] * -(-shape[1] // form.block)
-            total += room(blocks * form.block, BITS[form.precision] / 8) + room(blocks, 4)
+            itemsize = TYPES[form.computed].itemsize if form.standard else min(4, tensors.itemsize(source))
+            if form.packed and len(shape) == 2 and not name.endswith(_NOT_PACKED):
+                total += form.packed_bytes(*shape)
+            else:
+                total += room(math.prod(shape), itemsize)
     return int(total * _SPARE)
 
 
@@ -163,7 +227,7 @@ def _write_graphs(
     sizes = {r: sum(p.numel() for p in m.state_dict().values()) for r, m in published.modules.items()}
     total, done = sum(sizes.values()), 0
     paths = {}
-    for role, spec in published.specs.items():
+    for role, spec in conversion.specs(published).items():
         path = paths[role] = part / graph_file(role)
         started = done
 
@@ -177,13 +241,7 @@ def _write_graphs(
             weights = WeightFile(_data_of(path))
             writer = GraphWriter(conversion.format_of(role), weights, advance)
             try:
-                if role == "decoder":
-                    graph = build_decoder_graph(
-                        published.decoder, published.tensors[role], spec,
-                        embedding_dtype="exact", experts=published.experts, writer=writer,
-                    )  # fmt: skip
-                else:
-                    graph = build_traced_graph(published.modules[role], published.tensors[role], spec, writer)
+                graph = conversion.target.build(published, role, spec, writer)
             finally:
                 weights.close()
             weights.finish()

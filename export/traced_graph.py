@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from edgemed.export.decoder_graph import to_numpy
 from edgemed.export.graph_writer import GraphWriter
+from edgemed.export.mixed_precision import PRODUCTS
 from edgemed.graphs import GraphSpec, TensorSpec
 
 _LINEAR = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
@@ -101,17 +102,18 @@ def _fill(proto: onnx.ModelProto, module: nn.Module, tensors: Mapping[str, Any],
             rows, columns = shapes[name]
             writer.matmul(node.input[0], name, rows, columns, readers[name], node.output[0])
             continue
-        if writer.matrices.precision != "fp32" and _is_linear(node, shapes):  # torch's layer, given rows of a matrix
+        if writer.matrices.packed and _is_linear(node, shapes):  # torch's layer, given rows of a matrix
             x, name, bias = node.input
             rows, columns = shapes[name]
             product = writer.matmul(x, name, rows, columns, readers[name], f"{node.output[0]}.product")
             added = writer.weight(bias, rows, readers[bias])
             writer.node("Add", [product, added], node.output[0])
             continue
+        store = writer.factor if node.op_type in PRODUCTS else writer.weight
         for i, name in enumerate(node.input):
             if name in shapes:
                 size = int(np.prod(shapes[name], dtype=np.int64))
-                node.input[i] = writer.weight(name, size, readers[name])
+                node.input[i] = store(name, size, readers[name])
         writer.nodes.append(node)
 
 

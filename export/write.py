@@ -6,7 +6,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +16,13 @@ import onnx
 
 from edgemed import __version__
 from edgemed.bundle import Bundle, write_bundle
+from edgemed.checkpoints import open_checkpoint
 from edgemed.errors import BundleError
 from edgemed.export.card import model_card, notice_text
+from edgemed.export.compare import run_both
 from edgemed.export.native import native_graphs
-from edgemed.export.parity import Row, compare, read_slices
+from edgemed.export.parity import Row, compare, read_scans, read_slices
+from edgemed.families import opened_torch
 from edgemed.families.native import TOKENIZER
 from edgemed.families.native_text import NativeText
 from edgemed.families.native_torch import DEMONSTRATION, FAMILY, load, native_specs, read_config
@@ -28,6 +31,7 @@ FP32_LIMIT = 2e-3
 """Largest relative error of an fp32 graph's output. Measured: below 1e-4; more means that the graph is wrong."""
 INT8_COSINE = 0.999
 """Smallest cosine of the int8 decoder's logits with torch's."""
+LICENCES: Mapping[str, str] = {"weights": "Apache-2.0", "LiteMedSAM weights": "Apache-2.0"}
 
 
 def write_native_bundle(
@@ -76,7 +80,9 @@ def write_native_bundle(
                         f"decoder in int8: cosine of {row.output} with torch is {row.cosine:.5f}, "
                         f"at least {INT8_COSINE} was expected; nothing was written"
                     )
-        parity = parity_report(rows, small, len(images))
+        published = opened_torch.describe(open_checkpoint(checkpoint))
+        _, answers = run_both(published, specs, paths, read_scans(slices))
+        parity = parity_report(rows, small, len(images), answers)
         files: dict[str, bytes | Path] = {f"graphs/{role}.onnx": path for role, path in paths.items()}
         files[TOKENIZER] = checkpoint / "tokenizer.json"
         files["reports/parity.json"] = json.dumps(parity, indent=1).encode()
@@ -90,13 +96,13 @@ def write_native_bundle(
             files=files,
             precision=precision,
             versions={p: version(p) for p in ("onnx", "onnxruntime", "torch")} | {"edgemed": __version__},
-            licences={"weights": "Apache-2.0", "LiteMedSAM weights": "Apache-2.0"},
+            licences=LICENCES,
             settings={"notice": DEMONSTRATION},
             replace=replace,
         )
 
 
-def parity_report(rows: Sequence[Row], small: Sequence[Row], slices: int) -> dict[str, Any]:
+def parity_report(rows: Sequence[Row], small: Sequence[Row], slices: int, answers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON values of `reports/parity.json`."""
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -105,7 +111,13 @@ def parity_report(rows: Sequence[Row], small: Sequence[Row], slices: int) -> dic
         "reference": "torch fp32 on the CPU",
         "fp32": [asdict(r) for r in rows],
         "int8 decoder": [asdict(r) for r in small],
+        "answers": answers,
     }
+
+
+def native_card(checkpoint: Path, rows: Sequence[Row]) -> bytes:
+    """Return the model card of a native checkpoint whose graphs agree with torch as `rows` say."""
+    return model_card(read_config(checkpoint), rows, (), _read_table(checkpoint)).encode()
 
 
 def _read_table(checkpoint: Path) -> str:

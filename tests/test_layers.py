@@ -24,6 +24,7 @@ LAYERS = {
     "batch": 5,
     "evaluation": 5,
     "retrieval": 5,
+    "volume": 5,
     "calibration": 5,
     "decoding": 4,
     "beam_search": 4,
@@ -58,6 +59,7 @@ OUTSIDE = {
     "infer": {"numpy"},
     "batch": set[str](),
     "retrieval": {"numpy"},
+    "volume": {"numpy"},
     "evaluation": {"numpy", "nibabel", "pydicom"},  # the last two inside functions
     "calibration": {"numpy", "onnx", "onnxruntime", "pydicom"},
     "decoding": {"numpy"},
@@ -66,7 +68,7 @@ OUTSIDE = {
     "export": {"numpy", "pydicom", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "ml_dtypes", *TORCH},
     "families": {"numpy", "tokenizers", "PIL"},
     "models": {"numpy", *TORCH},
-    "dicom": {"numpy", "pydicom", "highdicom", "imagecodecs", "PIL"},
+    "dicom": {"numpy", "pydicom", "highdicom", "imagecodecs", "PIL", "nibabel", "nrrd"},
     "report": {"numpy", "PIL"},
     "bundle": {"numpy"},
     "backends": {"numpy", "onnxruntime", "torch", "cuda"},
@@ -141,8 +143,9 @@ def test_imports_point_down_and_libraries_are_the_parts_own(module: str, part: s
 
 
 def _siblings(part: str, target: str) -> bool:
-    """Tell whether both are in layer 0, which is one group, something asks a session, or beam search makes calls."""
-    same = ("evaluation", "infer"), ("batch", "infer"), ("beam_search", "decoding")
+    """Tell whether both are in layer 0, which is one group, something asks a session, or beam search
+    makes calls."""
+    same = ("evaluation", "infer"), ("batch", "infer"), ("calibration", "infer"), ("beam_search", "decoding")
     return LAYERS[part] == LAYERS[target] == 0 or (part, target) in same
 
 

@@ -75,8 +75,9 @@ class OnnxRuntimeRunner:
         except Exception as error:
             raise _run_error(self.spec.role, error, self._on_gpu) from error
         # In the order they were first bound: the state, then what is returned. Copying them all would copy the cache.
-        values = self._binding.get_outputs()[len(self.spec.state) :]
-        return {name: value.numpy() for name, value in zip(self._returned, values, strict=True)}
+        # As a vector: a list of all of them takes 0.15 ms a step where there are 60 (SmolLM2).
+        values, first = self._binding.get_outputs_as_ortvaluevector(), len(self.spec.state)
+        return {name: values[first + i].numpy() for i, name in enumerate(self._returned)}
 
     def reset(self) -> None:
         """Forget the state: every value of it is zero again."""

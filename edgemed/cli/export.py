@@ -12,7 +12,7 @@ from edgemed.cli.extras import need
 from edgemed.cli.verbs import debug_option
 from edgemed.errors import CannotRead, EdgemedError
 
-FORMATS = click.Choice(["auto", "fp32", "int8", "int4"])
+FORMATS = click.Choice(["auto", "fp32", "fp16", "bf16", "int8", "int4"])
 
 
 @click.command("export", short_help="Make a bundle from a checkpoint.")
@@ -21,11 +21,19 @@ FORMATS = click.Choice(["auto", "fp32", "int8", "int4"])
 @click.option("--name", metavar="NAME", help="Name of the bundle (default: the checkpoint's folder).")
 @click.option("--slices", metavar="FOLDER", help="Scans to compare on (default: some inside the pydicom package).")
 @click.option(
+    "--target",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What the graphs are for; tensorrt: standard operators only, strongly typed.",
+)
+@click.option(
     "--decoder",
     type=FORMATS,
     default="auto",
     show_default=True,
-    help="How the decoder's matrices are stored; fp32 is exact. auto: int8 for a native checkpoint, else fp32.",
+    help="How the decoder's matrices are stored; fp32 is exact. auto: fp16 for tensorrt; for onnxruntime int8 of a "
+    "native checkpoint, else fp32.",
 )
 @click.option("--vision", type=FORMATS, default="auto", show_default=True, help="The same for the vision encoder.")
 @click.option(

@@ -21,9 +21,11 @@ from edgemed.cli.options import (
     family_options,
     keep_libraries_quiet,
     model_options,
+    series_options,
     shown_options,
     writing_options,
 )
+from edgemed.cli.series import SeriesOutputs, is_series, run_series
 from edgemed.cli.verbs import debug_option, describe
 from edgemed.errors import BackendUnavailable, BatchPartlyFailed, BundleError, CannotWrite, EdgemedError, InvalidInput
 
@@ -50,6 +52,10 @@ class Request(Asking):
     overlay: bool = False
     panels: bool = False
     router: str | None = None
+    series: str | None = None
+    select: str | None = None
+    slices: str | None = None
+    resample: bool = False
     together: bool = False
     chat: bool = False
     json: bool = False
@@ -85,6 +91,7 @@ class Request(Asking):
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many of --examples-from.")
 @click.option("--together", is_flag=True, help="Ask about all inputs in one question.")
 @click.option("--chat", is_flag=True, help="The prompts are turns of one conversation.")
+@series_options
 @family_options
 @model_options
 @shown_options
@@ -101,8 +108,9 @@ class Request(Asking):
 def command(**options: Any) -> None:
     """Ask about scans: an answer in words, boxes and pixel masks.
 
-    INPUT is a DICOM file, a PNG or a JPEG; some families also answer without one. Results go to stdout, notes to
-    stderr. With several inputs the command goes on after one that fails and ends with exit code 87.
+    INPUT is a DICOM file, a PNG or a JPEG; some families also answer without one. A folder, DICOMDIR, zip archive or
+    volume (NIfTI, NRRD) is a series: its slices are asked one by one and what they show is put together. Results go to
+    stdout, notes to stderr. With several inputs the command goes on after one that fails and ends with exit code 87.
     """
     run(Request(**options))
 
@@ -128,6 +136,14 @@ def run(request: Request) -> None:
         nearest = _nearest_examples(request, reader)
         for paths in groups:
             started = time.perf_counter()
+            if any(is_series(path, request) for path in paths):
+                try:
+                    run_series(paths[0], request, reader, opening, examples, outputs.series)
+                except (BundleError, BackendUnavailable, CannotWrite):
+                    raise
+                except (EdgemedError, MemoryError) as error:
+                    failed += _tell(error, paths, request, groups)
+                continue
             try:
                 scans = [reader.read(path, frame=request.frame, window=request.window) for path in paths]
                 prompts = [replace(p, examples=examples) for p in _prompts(request, scans, reader)]
@@ -266,6 +282,7 @@ class Outputs:
         self._entries: list[dict[str, Any]] = []
         self._routed: list[dict[str, Any]] = []
         self._stems = _unused_stems()
+        self.series = SeriesOutputs(request, self._stems, self._entries)
         if request.folder is not None:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,18 @@ family_options = _together(
     ),
 )
 
+series_options = _together(
+    click.option("--series", metavar="UID", help="The series of a folder; UID#2 is the second stack of one."),
+    click.option("--select", metavar="FILE", help="Selection rules, the JSON of MONAI Deploy's series selector."),
+    click.option(
+        "--slices",
+        metavar="auto|middle|all|every:N|LIST",
+        help="Which slices are asked, from 0; a LIST as 3,5,10-20. Of a series, auto (those that show what is asked "
+        "for) is the default; a single file becomes a series of its frames.",
+    ),
+    click.option("--resample", is_flag=True, help="Volumes of unevenly spaced or leaning slices too."),
+)
+
 model_options = _together(
     click.option("--bundle", default="nano", show_default=True, metavar="NAME|FOLDER", help="The model to ask."),
     click.option(

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9)
     options = parser.parse_args()
     threads, repeat = options.threads, options.repeat
-    print(f"{datetime.date.today()}  {_processor()}  {threads} threads  onnxruntime {onnxruntime.__version__}  batch 1")
+    print(f"{datetime.date.today()}  {processor()}  {threads} threads  onnxruntime {onnxruntime.__version__}  batch 1")
     print(f"decoder: {CONFIG.layers} x {CONFIG.width}, vocabulary {CONFIG.vocabulary}; prompt {PROMPT}, {STEPS} steps")
     main_memory = bandwidth(256 << 20, threads)
     print(f"read bandwidth, 256 MiB buffer: {main_memory:.1f} GB/s\n")
@@ -141,7 +141,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

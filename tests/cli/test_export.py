@@ -131,6 +131,7 @@ def test_the_bundle_answers_and_says_that_its_graphs_agree_with_torch(
     parity = json.loads(open_bundle(tmp_path / "out").file("reports/parity.json").read_text())
     assert parity["compared"] is True
     assert max(row["relative_error"] for row in parity["rows"]) < 1e-4
+    assert parity["answers"]["same_ids"] == parity["answers"]["questions"] > 0
     asked = ["infer", image, "--prompt", "Which organ is shown?", "--max-new-tokens", "4", "--json", "-q"]
     capsys.readouterr()
     assert main([*asked, "--bundle", str(tmp_path / "out")]) == 0
@@ -145,3 +146,24 @@ def test_a_folder_that_is_taken_is_left_as_it_is(checkpoint: Path, tmp_path: Pat
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert main(["export", str(checkpoint), "-o", str(tmp_path / "out"), "--no-compare"]) == 40
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_bundle_for_tensorrt_answers_in_onnxruntime_too(
+    checkpoint: Path, reference: Any, tmp_path: Path, capsys: Captured
+) -> None:
+    image = str(reference("medrega-tiny") / "image_square.png")
+    made = ["export", str(checkpoint), "-o", str(tmp_path / "out"), "--target", "tensorrt", "--no-compare", "-q"]
+    assert main(made) == 0
+    assert set(open_bundle(tmp_path / "out").manifest.precision.values()) == {"fp16"}
+    capsys.readouterr()
+    asked = ["infer", image, "--prompt", "Which organ is shown?", "--max-new-tokens", "4", "--json", "-q"]
+    assert main([*asked, "--bundle", str(tmp_path / "out"), "--backend", "onnxruntime"]) == 0
+    assert json.loads(capsys.readouterr().out)["provenance"]["precision"]["decoder"] == "fp16"
+
+
+def test_a_precision_that_the_target_has_not_is_one_line(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
+    asked = ["export", str(checkpoint), "-o", str(tmp_path / "out"), "--target", "tensorrt", "--vision", "bf16"]
+    assert main(asked) == 22
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--vision is bf16" in line
+    assert not (tmp_path / "out").exists()

@@ -1,10 +1,13 @@
-"""A native model with random weights and its four graphs, made once for the whole run."""
+"""A native model with random weights and its four graphs, made once for the whole run; and a slice to compare on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,3 +79,29 @@ def exported(native_model: NativeModel) -> Exported:
     specs = native_specs(native_model)
     images = [np.random.default_rng(0).random((3, 256, 256)).astype(np.float32)]
     return Exported(native_model, specs, native_graphs(native_model, specs), images)
+
+
+@pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """Traces each module once: a trace knows shapes only, whatever becomes of the weights."""
+    from edgemed.export import traced_graph
+
+    made: dict[str, onnx.ModelProto] = {}
+
+    def traced(module: Any, spec: GraphSpec) -> onnx.ModelProto:
+        if repr(spec) not in made:
+            made[repr(spec)] = trace(module, spec)
+        return deepcopy(made[repr(spec)])  # the weights are written into it
+
+    trace = traced_graph.traced
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traced_graph, "traced", traced)
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_slice(sample_scan: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one scan."""
+    folder = tmp_path_factory.mktemp("slice")
+    (folder / "slice.dcm").write_bytes(Path(sample_scan).read_bytes())
+    return folder

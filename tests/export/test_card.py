@@ -20,8 +20,10 @@ def test_the_card_names_every_structure_and_is_not_for_diagnosis() -> None:
     assert "demonstration model" in card
     for term in (*STRUCTURES, *MODALITIES, *BODY_PARTS):
         assert term.en[0] in card
-    for said in ("Recipe `nano`, seed 7, 1650 augmented", "TABLE", "| decoder | logits (step) |", "not made"):
+    for said in ("Recipe `nano`, seed 7, 1650 augmented", "TABLE", "| decoder | logits (step) |"):
         assert said in card
+    assert "int8 weights" not in card
+    assert "int8 weights" in model_card(CONFIG, [ROW], [ROW], "")
 
 
 def test_every_source_is_credited_with_its_licence() -> None:

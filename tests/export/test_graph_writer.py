@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,9 +14,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
+from edgemed.backends import open_runner
 from edgemed.blocks import pack_rows, unpack_rows
 from edgemed.errors import CannotWrite, InvalidInput
-from edgemed.export.graph_writer import GraphWriter, MatrixFormat, WeightFile, room, smallest
+from edgemed.export import graph_writer
+from edgemed.export.graph_writer import GraphWriter, MatrixFormat, WeightFile, quantized, room, rounded, smallest
 from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 
 RNG = np.random.default_rng(0)
@@ -286,3 +289,77 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"")
     with pytest.raises(CannotWrite, match=r"taken/g\.data"):
         WeightFile(tmp_path / "taken" / "g.data")
+
+
+# --- standard operators -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "block", "steps"), [("int8", 96, 254), ("int4", 32, 15)])
+def test_integers_are_as_near_as_half_a_step(precision: Any, block: int, steps: int) -> None:
+    matrix = np.random.default_rng(0).normal(0, 0.02, (70, 96)).astype(np.float32)
+    values, scales = quantized(matrix, block, precision)
+    assert (values.shape, scales.dtype) == ((96, 70), np.float16)
+    wide = np.repeat(scales.reshape(-1, 70).astype(np.float32), block, axis=0)
+    error = np.abs(values.astype(np.float32) * wide - matrix.T)
+    assert (error <= wide * 0.501).all()
+    largest = np.abs(matrix.reshape(70, -1, block)).max(axis=2)
+    assert (largest / (steps // 2) * 1.001 >= scales.reshape(-1, 70).T).all()
+
+
+def test_rows_of_zeros_and_of_tiny_weights_stay_finite() -> None:
+    matrix = np.zeros((3, 32), np.float32)
+    matrix[1] = 1e-9
+    values, scales = quantized(matrix, 32, "int8")
+    assert (values == 0).all()
+    assert (scales > 0).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e9])
+def test_a_weight_that_has_no_scale_is_refused(value: float) -> None:
+    matrix = np.ones((3, 32), np.float32)
+    matrix[1, 1] = value
+    with pytest.raises(InvalidInput, match="not a finite number"):
+        quantized(matrix, 32, "int8")
+
+
+def test_inputs_that_hold_no_block_are_refused_and_others_get_a_smaller_one() -> None:
+    assert MatrixFormat("int4", 64).block_of(96) == 32
+    with pytest.raises(InvalidInput, match="inputs are a multiple of 16; one has 40"):
+        MatrixFormat("int4", 64).block_of(40)
+
+
+@pytest.mark.parametrize("kept", ["the graph", "a file"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_a_product_in_standard_operators_is_near(tmp_path: Path, precision: Any, kept: str) -> None:
+    matrix, x = (np.random.default_rng(i).normal(0, 1, (33, 64)).astype(np.float32) for i in (0, 1))
+    weights = WeightFile(tmp_path / "g.onnx.data") if kept == "a file" else None
+    form = MatrixFormat(precision, 32, standard=True)
+    writer = GraphWriter(form, weights)
+    writer.matmul("x", "w", 33, 64, lambda: matrix, "y")
+    if weights:
+        weights.finish()
+        values = 33 * 64 * {"fp16": 2, "int8": 1, "int4": 0.5}[precision]
+        assert writer.initializers[f"w.{precision}" if form.packed else "w"].external_data[2].value == f"{values:.0f}"
+    spec = GraphSpec(
+        "projector", (TensorSpec("x", "float32", (33, 64)),), (TensorSpec("y", "float32", (33, 33)),)
+    )  # fmt: skip
+    model = writer.model(spec)
+    assert [o.domain for o in model.opset_import] == [""]
+    onnx.save(model, tmp_path / "g.onnx")
+    onnx.checker.check_model(str(tmp_path / "g.onnx"), full_check=True)
+    out = open_runner("onnxruntime", tmp_path / "g.onnx", spec, device="cpu", threads=1).run({"x": x})["y"]
+    expected = x @ matrix.T
+    assert (
+        np.linalg.norm(out - expected) / np.linalg.norm(expected)
+        < {"fp16": 1e-3, "int8": 2e-2, "int4": 0.15}[precision]
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (40, 30), (3, 4, 5)])
+def test_rounding_keeps_shape_and_values(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_writer, "_CHUNK", 100)
+    array = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
+    for given in (array, array.T):
+        np.testing.assert_array_equal(rounded(given, "fp16", "w"), given.astype(np.float16))
+    with pytest.raises(InvalidInput, match="tensor w has a value that fp16 does not hold; choose bf16"):
+        rounded(array * 1e8, "fp16", "w")

@@ -39,3 +39,8 @@ def test_only_products_change_and_the_graph_stays_valid() -> None:
     assert kept[0] == kept[1]
     products = [n for n in half.graph.node if n.op_type in PRODUCTS]
     assert all(x.endswith(".fp16") for n in products for x in n.input)
+
+
+def test_a_graph_that_is_in_float16_already_stays_as_it_is() -> None:
+    half = in_mixed_precision(onnx.load(open_bundle("nano").graph_path("projector")))
+    assert in_mixed_precision(half) == half

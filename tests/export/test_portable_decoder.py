@@ -16,7 +16,7 @@ from edgemed.decoding import DecodeOptions, decode
 from edgemed.errors import InvalidInput
 from edgemed.export.decoder_graph import build_decoder_graph
 from edgemed.export.graph_writer import GraphWriter, MatrixFormat, WeightFile
-from edgemed.export.portable_decoder import build_portable_decoder, portable_spec
+from edgemed.export.portable_decoder import bf16_in_fp32, build_portable_decoder, portable_spec
 from edgemed.families.specs import decoder_spec
 from edgemed.graphs import DimRange, GraphSpec
 from edgemed.models.llama import Llama, LlamaConfig
@@ -206,6 +206,57 @@ def test_a_weight_that_fp16_does_not_hold_is_refused() -> None:
         portable("native", model, "fp16")
 
 
-def test_packed_matrices_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="not int8"):
-        portable("native", make("native"), writer=GraphWriter(MatrixFormat("int8")))
+def test_an_embedding_that_fp16_does_not_hold_is_refused_and_bf16_takes_it() -> None:
+    model = make("native")
+    with torch.no_grad():
+        model.embedding.weight[3, 2] = -1e5
+    with pytest.raises(InvalidInput, match=r"embedding\.weight has a value that fp16 does not hold; choose bf16"):
+        portable("native", model, "fp16")
+    portable("native", model, "bf16")
+
+
+@every_case
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.999), ("int4", 0.9)])
+def test_integers_behind_a_dequantization_move_the_logits_by_rounding_only(
+    tmp_path: Path, case: str, precision: Any, least: float
+) -> None:
+    model = make(case)
+    graph = portable(case, model, "fp16", writer=GraphWriter(MatrixFormat(precision, 16, standard=True)))
+    onnx.checker.check_model(graph, full_check=True)
+    runner = open_graph(graph, portable_spec(spec_of(case)), tmp_path / "g.onnx")
+    out, expected = runner.run(feed(IDS, 0, 0)), by_torch(model, IDS)
+    cosine = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+              for a, b in zip(out["logits"][0], expected["logits"][0], strict=True)]  # fmt: skip
+    assert np.median(cosine) > least  # a token may go to another expert where both are as likely
+    kinds = {t.data_type for t in graph.graph.initializer if t.name.endswith(f".{precision}")}
+    assert kinds == {getattr(onnx.TensorProto, precision.upper())}
+
+
+def test_an_expert_is_dequantized_within_its_branch_only() -> None:
+    form = MatrixFormat("int8", standard=True)
+    graph = portable("two experts", make("two experts"), "fp16", writer=GraphWriter(form)).graph
+    outside = {n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    branches = [a.g for n in graph.node if n.op_type == "If" for a in n.attribute if a.name == "then_branch"]
+    inside = {n.input[0] for g in branches for n in g.node if n.op_type == "DequantizeLinear"}
+    assert inside
+    assert all("experts" in name for name in inside)
+    assert not any("experts" in name for name in outside)
+
+
+@every_case
+def test_bf16_computed_in_fp32_is_near_torch(tmp_path: Path, case: str) -> None:
+    model = make(case)
+    graph = bf16_in_fp32(portable(case, model, "bf16"))
+    onnx.checker.check_model(graph, full_check=True)
+    runner = open_graph(graph, portable_spec(spec_of(case), "fp32"), tmp_path / "g.onnx")
+    out, expected = runner.run(feed(IDS, 0, 0))["logits"][0], by_torch(model, IDS)["logits"][0]
+    cosine = (out * expected).sum(-1) / np.linalg.norm(out, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert 0.99 < np.median(cosine) < 0.99999999
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [(MatrixFormat("int8"), "fp16"), (MatrixFormat("int8", standard=True), "bf16")]
+)
+def test_packed_matrices_of_another_kind_are_refused(form: MatrixFormat, dtype: str) -> None:
+    with pytest.raises(InvalidInput, match="takes int8 in standard operators beside fp16"):
+        portable("native", make("native"), dtype, writer=GraphWriter(form))
