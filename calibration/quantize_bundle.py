@@ -201,19 +201,20 @@ class _Work:
     def relaxed(self, plan: QuantPlan, role: str) -> tuple[QuantPlan, str] | None:
         """Return (a plan that costs more in this graph, what it changes), or None where nothing is left to give.
 
-        First INT4 becomes INT8, the half of the matrices that suffers most, then the rest; then half of what is
-        quantized keeps its precision.
+        First INT4 becomes INT8, the half of the matrices that suffers most, then the rest; then nodes keep their
+        precision until the error of the outputs is half as large.
         """
         now = {site.node: precision for site, precision in planned(self.roles[role].exact, role, plan)}
         fours = [node for node, precision in now.items() if precision == "int4-weights"]
         rows = [row for row in self.table(role, plan) if row.node in (fours or now)]
         if not rows:
             return None
-        some = rows if fours and len(fours) < len(now) else rows[: -(-len(rows) // 2)]
         if fours:
-            nodes = [row.node for row in some]
+            some = rows if len(fours) < len(now) else rows[: -(-len(rows) // 2)]
             text = f"{len(some)} matrices of the {role} that suffer most from 4 bits get 8"
-            return search.with_nodes(plan, role, nodes, "int8-weights"), text
+            return search.with_nodes(plan, role, [row.node for row in some], "int8-weights"), text
+        error = max((row.relative_error for row in self.roles[role].rows), default=0.0)
+        some = search.left_out(rows, self.products_of(role), error / 2) or rows[:1]
         return search.with_excluded(plan, role, some), f"{len(some)} nodes of the {role} keep their precision"
 
     def blamed(self, plan: QuantPlan, folder: Path) -> str:
