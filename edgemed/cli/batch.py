@@ -47,7 +47,6 @@ class Request(Asking):
     limit: int | None = None
     own_history: bool = False
     no_examples: bool = False
-    quiet: bool = False
 
 
 def check_shard(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:

@@ -60,7 +60,6 @@ class Request(Asking):
     chat: bool = False
     json: bool = False
     report: str | None = None
-    quiet: bool = False
 
 
 @click.command("infer", short_help="Ask about scans.")

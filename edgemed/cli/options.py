@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,14 +40,20 @@ class Asking:
     task: str | None = None
     prompts_file: str | None = None
     labels: str | None = None
+    quiet: bool = False
 
     def open_session(self) -> Session:
         """Return the session over the bundle; raises what `edgemed.infer.open_session` raises."""
         from edgemed import infer
 
         return infer.open_session(
-            bundle=self.bundle, backend=self.backend, device=self.device, allow_cpu=self.allow_cpu
+            bundle=self.bundle, backend=self.backend, device=self.device, allow_cpu=self.allow_cpu, tell=self.tell
         )
+
+    def tell(self, line: str) -> None:
+        """Print a note on stderr, unless notes are not wanted."""
+        if not self.quiet:
+            print(f"note: {line}", file=sys.stderr)
 
     def family_settings(self) -> dict[str, str]:
         """Return the settings for the family: those of --set, and those that have an option of their own.

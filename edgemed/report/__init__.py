@@ -7,6 +7,7 @@
     panels       image, mask and light-blue overlay side by side, and the notice
     router_report  which expert each token went to
     run_report   what ran on what: versions, digests, timings; no path, no UID
+    results      answers about images as files for hospitals: DICOM SEG, SR, GSPS, SC and PDF, FHIR, NIfTI, NRRD
 
 The names below are loaded on first use.
 """
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
     from edgemed.report.answer_json import read_schema, to_json
     from edgemed.report.overlay import render_overlay, write_overlay
     from edgemed.report.panels import render_panels, write_panels
+    from edgemed.report.results import Analysed, ResultOptions, write_results
     from edgemed.report.rle import from_rle, to_rle
     from edgemed.report.router_report import to_router_report
     from edgemed.report.run_report import to_run_report, write_run_report
     from edgemed.report.text import to_text
 
 __all__ = [
+    "Analysed",
+    "ResultOptions",
     "from_rle",
     "read_schema",
     "render_overlay",
@@ -37,10 +41,13 @@ __all__ = [
     "to_text",
     "write_overlay",
     "write_panels",
+    "write_results",
     "write_run_report",
 ]
 
 _HOME = {
+    "Analysed": "results",
+    "ResultOptions": "results",
     "from_rle": "rle",
     "read_schema": "answer_json",
     "render_overlay": "overlay",
@@ -52,6 +59,7 @@ _HOME = {
     "to_text": "text",
     "write_overlay": "overlay",
     "write_panels": "panels",
+    "write_results": "results",
     "write_run_report": "run_report",
 }
 
