@@ -26,7 +26,13 @@ _SHARE = click.FloatRange(-1, 1)
     metavar="NAME|PLAN.toml",
     help="int8, fp8, int4 (the decoder's weights; int8 elsewhere), auto (the smallest that passes), or a file.",
 )
-@click.option("--slices", metavar="FOLDER", help="Scans to calibrate and judge on (default: some inside pydicom).")
+@click.option(
+    "--slices",
+    is_flag=False,
+    flag_value="",
+    metavar="[FOLDER]",
+    help="Scans to calibrate and judge on; without a folder, public ones inside pydicom (the default).",
+)
 @click.option("--calibrate", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Slices measured.")
 @click.option("--held-out", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Slices judged on.")
 @click.option(
@@ -59,7 +65,7 @@ def command(bundle: str, output: str, precision: str, slices: str | None, quiet:
     need(("onnx", "onnxruntime"), "quantize", "export")
     from edgemed.calibration.gates import Gates
     from edgemed.calibration.plan import plan_from_toml
-    from edgemed.calibration.quantize_bundle import QuantizeOptions, quantize_bundle
+    from edgemed.calibration.quantize_bundle import TABLE, QuantizeOptions, quantize_bundle
 
     wanted: Any = precision
     if precision.endswith(".toml"):
@@ -86,4 +92,6 @@ def command(bundle: str, output: str, precision: str, slices: str | None, quiet:
                 slices=Path(slices) if slices else None, gates=gates, tell=tell, progress=progress.to, **options
             ),
         )
+    if precision == "auto" and TABLE in made.manifest.files:
+        print(made.file(TABLE).read_text(encoding="utf-8"))
     print(f"wrote {made.path}, sha256 {made.digest}")
