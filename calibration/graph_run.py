@@ -19,8 +19,9 @@ from edgemed.graphs import Feeds, GraphSpec
 
 Array = npt.NDArray[Any]
 
-NO_FUSED_PAIRS = ("QDQSelectorActionTransformer",)
-"""Optimizers to leave out for FP8: onnxruntime 1.31 turns its Q/DQ pairs into integer operators and refuses to load."""
+NO_FUSED_PAIRS = ("QDQSelectorActionTransformer", "ReluQuantRewrite")
+"""Optimizers of onnxruntime 1.31 to leave out for FP8: the first turns pairs into integer operators that refuse it, the
+second drops a Relu before a pair."""
 
 _FP8 = onnx.TensorProto.FLOAT8E4M3FN
 

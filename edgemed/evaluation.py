@@ -165,7 +165,7 @@ def evaluate_test_series(
     """
     from edgemed.dicom import read_scans
 
-    files = _by_position(folder)
+    files = by_position(folder)
     volume, names = read_label_map(labels)
     if len(files) != volume.shape[2]:
         raise InvalidInput(f"{len(files)} slices and {volume.shape[2]} label slices were found; as many were expected")
@@ -406,7 +406,7 @@ def read_label_map(path: Path) -> tuple[npt.NDArray[np.uint8], dict[int, str]]:
     return np.asarray(image.dataobj).astype(np.uint8), names
 
 
-def _by_position(folder: Path) -> list[Path]:
+def by_position(folder: Path) -> list[Path]:
     """Return the DICOM files of a folder from low to high ImagePositionPatient z."""
     import pydicom
 

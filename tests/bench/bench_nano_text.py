@@ -21,7 +21,7 @@ from edgemed.backends import open_runner
 from edgemed.bundle import Bundle, open_bundle
 from edgemed.core import Language, Prompt, Scan
 from edgemed.dicom import read_scan
-from edgemed.evaluation import MINIMUM_PIXELS, QUESTIONS, read_label_map
+from edgemed.evaluation import MINIMUM_PIXELS, QUESTIONS, by_position, read_label_map
 from edgemed.families import open_family
 from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
 from edgemed.families.native_text import NativeText
@@ -71,7 +71,7 @@ def calls_of(bundle: Bundle, series: Path, labels: Path, every: int, threads: in
         for role in ("vision_encoder", "projector")
     }
     volume, names = read_label_map(labels)
-    scans = [read_scan(path) for path in sorted_files(series)]
+    scans = [read_scan(path) for path in by_position(series)]
     for k in range(0, len(scans), every):
         scan, seg = scans[k], volume[:, :, k].T[::-1]
         facts = facts_of(scan, {name: np.ascontiguousarray(seg == value) for value, name in names.items()})
@@ -94,16 +94,6 @@ def calls_of(bundle: Bundle, series: Path, labels: Path, every: int, threads: in
                     },
                     list(ids),
                 )
-
-
-def sorted_files(series: Path) -> list[Path]:
-    """Return the slices by their position."""
-    import pydicom
-
-    def position(path: Path) -> float:
-        return float(pydicom.dcmread(path, stop_before_pixels=True).ImagePositionPatient[2])
-
-    return sorted((p for p in series.iterdir() if p.is_file()), key=position)
 
 
 def facts_of(scan: Scan, masks: dict[str, np.ndarray]) -> ImageFacts:
