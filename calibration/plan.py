@@ -18,6 +18,8 @@ from edgemed.graphs import ROLES
 Precision = Literal["fp32", "int8", "fp8", "int8-weights", "int4-weights"]
 """int8, fp8: weights and activations. int8-weights, int4-weights: activations stay as they are."""
 
+Cache = Literal["fp32", "int8"]
+
 
 @dataclass(frozen=True)
 class QuantPlan:
@@ -25,7 +27,8 @@ class QuantPlan:
 
     precision: role -> of its nodes; a role that is missing stays as it is. nodes: role -> node -> another precision.
     excluded: role -> node -> why it stays as it is. method: where activations are clipped. block: weights with one
-    scale in int4-weights, along the input dimension; a power of two from 16 on.
+    scale in int4-weights, along the input dimension; a power of two from 16 on. cache: of the decoder's keys and
+    values; fp32: they stay as they are.
     """
 
     precision: Mapping[str, Precision] = field(default_factory=dict)
@@ -33,6 +36,7 @@ class QuantPlan:
     excluded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     method: Method = "minmax"
     block: int = 64
+    cache: Cache = "fp32"
 
     def __post_init__(self) -> None:
         named = {*self.precision, *self.nodes, *self.excluded}
@@ -43,6 +47,8 @@ class QuantPlan:
                 raise InvalidInput(f"precision is {value!r}; one of {', '.join(get_args(Precision))} was expected")
         if self.method not in get_args(Method):
             raise InvalidInput(f"method is {self.method!r}; one of {', '.join(get_args(Method))} was expected")
+        if self.cache not in get_args(Cache):
+            raise InvalidInput(f"cache is {self.cache!r}; one of {', '.join(get_args(Cache))} was expected")
         if self.block < 16 or self.block & (self.block - 1):
             raise InvalidInput(f"block is {self.block}; a power of two from 16 on was expected")
         for role, found in self.excluded.items():
@@ -62,6 +68,7 @@ def plan_to_toml(plan: QuantPlan) -> str:
     >>> print(plan_to_toml(QuantPlan({"decoder": "int4-weights"}, excluded={"decoder": {"logits": "most sensitive"}})))
     method = "minmax"
     block = 64
+    cache = "fp32"
     <BLANKLINE>
     [precision]
     "decoder" = "int4-weights"
@@ -70,7 +77,7 @@ def plan_to_toml(plan: QuantPlan) -> str:
     "logits" = "most sensitive"
     <BLANKLINE>
     """
-    lines = [f'method = "{plan.method}"', f"block = {plan.block}"]
+    lines = [f'method = "{plan.method}"', f"block = {plan.block}", f'cache = "{plan.cache}"']
     tables: list[tuple[str, Mapping[str, str]]] = [("precision", plan.precision)]
     for name, by_role in (("nodes", plan.nodes), ("excluded", plan.excluded)):
         tables += [(f"{name}.{role}", by_role[role]) for role in ROLES if role in by_role]

@@ -26,7 +26,8 @@ from edgemed.calibration import search
 from edgemed.calibration.dense import without_blocks
 from edgemed.calibration.equalize import equalized, sample_rows, to_equalize
 from edgemed.calibration.gates import Agreement, Gates, GraphRow, check_graphs, compare_answers, missed
-from edgemed.calibration.plan import Precision, QuantPlan, plan_to_toml
+from edgemed.calibration.kv_cache import cache_scales, with_int8_cache
+from edgemed.calibration.plan import Cache, Precision, QuantPlan, plan_to_toml
 from edgemed.calibration.qdq import quantize
 from edgemed.calibration.ranges import Method, bounds, measure
 from edgemed.calibration.rounding import measure_products
@@ -60,6 +61,7 @@ class QuantizeOptions:
 
     slices: folder; None: public files of the pydicom package. calibrate, held_out: slices to measure and to judge on.
     search: where a graph misses the cosine, nodes keep their precision until it does not; a plan is taken as it is.
+    cache: int8 makes the decoder's cache so, whatever the plan says of it.
     tell: gets a line for a note, progress (what, done, in all).
     """
 
@@ -68,6 +70,7 @@ class QuantizeOptions:
     held_out: int = 4
     method: Method = "minmax"
     block: int = 32
+    cache: Cache = "fp32"
     gates: Gates = field(default_factory=Gates)
     max_new_tokens: int = 96
     name: str | None = None
@@ -79,7 +82,10 @@ class QuantizeOptions:
 
 @dataclass(eq=False)
 class _Role:
-    """One graph on its way: as it was, what it is fed, what it gives, and what became of it."""
+    """One graph on its way: as it was, what it is fed, what it gives, and what became of it.
+
+    made: describes `model`. scales: of an int8 cache.
+    """
 
     spec: GraphSpec
     exact: onnx.ModelProto
@@ -87,6 +93,8 @@ class _Role:
     judged: Sequences
     expected: Outputs
     model: onnx.ModelProto | None = None
+    made: GraphSpec | None = None
+    scales: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[GraphRow, ...] = ()
     table: tuple[Sensitivity, ...] = ()
 
@@ -108,11 +116,16 @@ def quantize_bundle(
         options.tell(warning)
     work = _Work(bundle, first, held, options)
     plan = precision if isinstance(precision, QuantPlan) else work.first_plan(precision)
-    if not any(plan.precision.values()) and not plan.nodes:
+    if options.cache != "fp32":
+        plan = replace(plan, cache=options.cache)
+    if not any(plan.precision.values()) and not plan.nodes and plan.cache == "fp32":
         raise InvalidInput("the plan quantizes nothing; give a precision to at least one graph")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=_existing(output)) as folder:
             plan, agreement = work.settle(plan, Path(folder), searched=not isinstance(precision, QuantPlan))
+            if precision == "auto":  # the table is asked for even where nothing had to be left out
+                for role in plan.precision:
+                    work.table(role, plan)
             return work.write(plan, agreement, Path(folder), output)
     except OSError as error:
         raise CannotWrite(f"cannot write the bundle {output}: {error.strerror or 'refused'}") from error
@@ -179,9 +192,11 @@ class _Work:
 
     def settle(self, plan: QuantPlan, folder: Path, *, searched: bool) -> tuple[QuantPlan, Agreement]:
         """Return a plan whose graphs and answers pass, and how the answers agree. Raises BundleError if none does."""
-        touched = {r for r in self.roles if plan.precision.get(r, "fp32") != "fp32" or r in plan.nodes}
+        touched = {r for r in self.roles if _has_weights(plan, r) or self.small_cache(plan, r)}
         if unknown := sorted({*plan.precision, *plan.nodes, *plan.excluded} - set(self.roles)):
             raise InvalidInput(f"the plan names the {unknown[0]}; the bundle has none, or no question led to it")
+        if plan.cache == "int8":
+            self.judge_cache(plan)
         for attempt in range(_ATTEMPTS):
             for role in sorted(touched):
                 plan = self.fit(role, plan, searched=searched)
@@ -267,23 +282,68 @@ class _Work:
     def build(self, role: str, plan: QuantPlan) -> None:
         """Quantize one graph and compare it with full precision on the slices that were held out."""
         found, threads = self.roles[role], self.options.threads
-        model, limits, products = self.calibrated(role, plan)
-        packed = {"int8-weights", "int4-weights"} if _is_fused(model) else set()
-        rest, blocks = _parted(plan, role, model, packed)
-        smaller, _ = quantize(model, role, rest, limits, products)
-        if blocks:
-            smaller = _packed(smaller, blocks, plan.block, products)
-        found.model = smaller
-        outputs = outputs_of(smaller, found.spec, found.judged, threads=threads)
-        named = plan.precision.get(role, "fp32")
-        sharp = named != "int4-weights" and any(p in _SHARP for _, p in planned(model, role, plan))
+        small_cache = self.small_cache(plan, role)
+        smaller, spec = self.with_weights(role, plan), found.spec
+        if small_cache:
+            smaller, spec = with_int8_cache(smaller, spec, self.scales_of(role))
+        found.model, found.made = smaller, spec
+        outputs = outputs_of(smaller, spec, found.judged, threads=threads)
+        judged = small_cache or any(p in _SHARP for _, p in planned(found.exact, role, plan))
+        sharp = judged and plan.precision.get(role) != "int4-weights"
         found.rows = tuple(
             GraphRow(
-                role, named.removesuffix("-weights"), row.output, row.cosine, row.smallest, row.relative_error,
+                role, self.named(role, plan), row.output, row.cosine, row.smallest, row.relative_error,
                 not sharp or row.cosine >= self.options.gates.cosine,
             )
             for row in errors_of(found.expected, outputs)
         )  # fmt: skip
+
+    def with_weights(self, role: str, plan: QuantPlan) -> onnx.ModelProto:
+        """Return the graph with its weights and activations as the plan says; as it was where it says nothing."""
+        if not _has_weights(plan, role):
+            return onnx.load(self.bundle.graph_path(role))
+        model, limits, products = self.calibrated(role, plan)
+        packed = {"int8-weights", "int4-weights"} if _is_fused(model) else set()
+        rest, blocks = _parted(plan, role, model, packed)
+        smaller, _ = quantize(model, role, rest, limits, products)
+        return _packed(smaller, blocks, plan.block, products) if blocks else smaller
+
+    def small_cache(self, plan: QuantPlan, role: str) -> bool:
+        """Return whether the plan makes the cache of this graph int8."""
+        return plan.cache == "int8" and bool(self.roles[role].spec.state)
+
+    def scales_of(self, role: str) -> Mapping[str, Any]:
+        """Return the scales of an int8 cache, measured once, in full precision."""
+        found = self.roles[role]
+        if not found.scales:
+            found.scales = cache_scales(found.exact, found.spec, found.calls, threads=self.options.threads)
+        return found.scales
+
+    def judge_cache(self, plan: QuantPlan) -> None:
+        """Raise BundleError where an int8 cache alone misses the cosine, which no choice of nodes could mend.
+
+        Raises InvalidInput where there is no cache that could be int8.
+        """
+        roles = [role for role in self.roles if self.small_cache(plan, role)]
+        if not roles:
+            raise InvalidInput("the plan wants an int8 cache; the bundle has no decoder, or no question led to it")
+        for role in roles:
+            found, least = self.roles[role], self.options.gates.cosine
+            small = with_int8_cache(found.exact, found.spec, self.scales_of(role))
+            outputs = outputs_of(*small, found.judged, threads=self.options.threads)
+            row = min(errors_of(found.expected, outputs), key=lambda row: row.cosine)
+            if row.cosine < least:
+                raise BundleError(
+                    f"the quantized bundle is refused: {role} with an int8 cache and nothing else: cosine of "
+                    f"{row.output} is {row.cosine:.5f}, at least {least:g} was expected; keep the cache in fp32; "
+                    "nothing was written"
+                )
+
+    def named(self, role: str, plan: QuantPlan) -> str:
+        """Return the precision of a graph's weights, as the manifest says it."""
+        if not _has_weights(plan, role):
+            return self.bundle.manifest.precision[role]
+        return plan.precision.get(role, "fp32").removesuffix("-weights")
 
     def calibrated(self, role: str, plan: QuantPlan) -> tuple[onnx.ModelProto, dict[str, float], dict[str, Any]]:
         """Return (the graph with its channels equalized, the bounds of its activations, the products of its inputs)."""
@@ -314,6 +374,8 @@ class _Work:
     def worst(self, role: str, plan: QuantPlan) -> str:
         """Return which layers of a graph cost most."""
         rows = self.table(role, plan)[:3]
+        if not rows:
+            return "nothing in it but the cache was quantized"
         return "layers that cost most: " + ", ".join(f"{r.node} ({r.error.relative_error:.2g} alone)" for r in rows)
 
     def products_of(self, role: str) -> dict[str, float]:
@@ -337,7 +399,7 @@ class _Work:
 
     def write(self, plan: QuantPlan, agreement: Agreement, folder: Path, output: Path) -> Bundle:
         """Return the bundle with its reports, in its place."""
-        reports = {REPORT: self.report(agreement), PLAN: plan_to_toml(plan).encode()}
+        reports = {REPORT: self.report(plan, agreement), PLAN: plan_to_toml(plan).encode()}
         if tables := [f"# {role}\n\n{to_markdown(f.table)}" for role, f in self.roles.items() if f.table]:
             reports[TABLE] = "\n".join(tables).encode()
         return self._write(output, plan, reports, folder, self.options.replace)
@@ -350,7 +412,7 @@ class _Work:
         for name in manifest.files:
             if not name.startswith("graphs/") and name not in (REPORT, PLAN, TABLE):
                 files[name] = self.bundle.file(name)
-        precision = dict(manifest.precision)
+        precision, graphs = dict(manifest.precision), dict(manifest.graphs)
         for role in manifest.graphs:
             quantized = self.roles[role].model if role in self.roles else None
             if quantized is None:
@@ -359,12 +421,12 @@ class _Work:
                         files[name] = self.bundle.file(name)
                 continue
             files |= _saved(quantized, role, folder)
-            precision[role] = plan.precision.get(role, "fp32").removesuffix("-weights")
+            precision[role], graphs[role] = self.named(role, plan), self.roles[role].made or graphs[role]
         return write_bundle(
             target,
             name=self.options.name or manifest.name,
             family=manifest.family,
-            graphs=manifest.graphs,
+            graphs=graphs,
             files={**files, **reports},
             precision=precision,
             calibration_digest=self.first.digest,
@@ -374,7 +436,7 @@ class _Work:
             replace=replaced,
         )
 
-    def report(self, agreement: Agreement) -> bytes:
+    def report(self, plan: QuantPlan, agreement: Agreement) -> bytes:
         """Return the bundle's accuracy report; nothing in it names a slice."""
         values = {
             "date": time.strftime("%Y-%m-%d"),
@@ -387,6 +449,7 @@ class _Work:
                 "digest": self.first.digest,
                 "warnings": list(self.first.warnings),
             },
+            "cache": plan.cache,
             "graphs": [asdict(row) for found in self.roles.values() for row in found.rows],
             "answers": asdict(agreement),
             "gates": {**asdict(self.options.gates), "same_text": self._same_text()},
@@ -402,6 +465,11 @@ def _evenly(sequences: Sequences) -> Sequences:
     """Return at most `_SEQUENCES` of the sequences, spread over all of them."""
     step = max(1.0, len(sequences) / _SEQUENCES)
     return tuple(sequences[int(i * step)] for i in range(int(len(sequences) / step)))
+
+
+def _has_weights(plan: QuantPlan, role: str) -> bool:
+    """Return whether the plan quantizes weights of a graph."""
+    return plan.precision.get(role, "fp32") != "fp32" or role in plan.nodes
 
 
 def _is_fused(model: onnx.ModelProto) -> bool:

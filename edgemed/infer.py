@@ -26,7 +26,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from edgemed import __version__
+from edgemed import __version__, signing
 from edgemed.backends import BACKENDS, Artifact, Device, Outputs, Runner, find_backend, open_runner
 from edgemed.beam_search import beam_search
 from edgemed.bundle import Bundle, find_bundle, is_checkpoint, open_bundle
@@ -103,6 +103,7 @@ def open_session(
             f"the torch back end runs checkpoint folders, {find_bundle(bundle)} is a bundle of ONNX graphs: pass the "
             "folder of the checkpoint, or use --backend onnxruntime"
         )
+    signing.refuse_unsigned("a checkpoint")
     find_backend(backend)
     from edgemed.checkpoints import open_checkpoint
     from edgemed.families.opened_torch import open_folder

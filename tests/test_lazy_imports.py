@@ -33,6 +33,8 @@ def command(*arguments: str) -> str:
         ("train", "--help"),
         ("export", "--help"),
         ("quantize", "--help"),
+        ("bundle", "--help"),
+        ("config", "--help"),
         ("compile", "--help"),
         ("doctor", "--help"),
         ("models", "--help"),

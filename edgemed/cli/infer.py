@@ -21,10 +21,12 @@ from edgemed.cli.options import (
     family_options,
     keep_libraries_quiet,
     model_options,
+    result_options,
     series_options,
     shown_options,
     writing_options,
 )
+from edgemed.cli.results import ResultFiles, check_results, check_source, wrote
 from edgemed.cli.series import SeriesOutputs, is_series, run_series
 from edgemed.cli.verbs import debug_option, describe
 from edgemed.errors import BackendUnavailable, BatchPartlyFailed, BundleError, CannotWrite, EdgemedError, InvalidInput
@@ -49,6 +51,10 @@ class Request(Asking):
     top: int = 3
     tokens: bool = False
     folder: str | None = None
+    to: tuple[str, ...] = ()
+    labelmap: bool = False
+    seg_full_frames: bool = False
+    nrrd: bool = False
     overlay: bool = False
     panels: bool = False
     router: str | None = None
@@ -96,7 +102,13 @@ class Request(Asking):
 @shown_options
 @writing_options
 @click.option("--tokens", is_flag=True, help="Add prompt_ids and generated_ids to the JSON.")
-@click.option("-o", "folder", metavar="FOLDER", help="Write NAME.answer.json of each input there, made if missing.")
+@click.option(
+    "-o",
+    "folder",
+    metavar="FOLDER",
+    help="Write NAME.answer.json of each input there, or what --to lists; made if missing.",
+)
+@result_options
 @click.option("--overlay", is_flag=True, help="Write NAME.overlay.png into FOLDER (default: the current one).")
 @click.option("--panels", is_flag=True, help="Write NAME.panels.png: image, mask and both, side by side.")
 @click.option("--router", metavar="FILE", help="Write which expert each token went to (mixtures of experts), as JSON.")
@@ -122,6 +134,7 @@ def run(request: Request) -> None:
     from edgemed.dicom import Reader
 
     keep_libraries_quiet()
+    check_results(request)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # answers may be Chinese, and a JSON line is always UTF-8
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -145,6 +158,8 @@ def run(request: Request) -> None:
                 continue
             try:
                 scans = [reader.read(path, frame=request.frame, window=request.window) for path in paths]
+                for path in paths:
+                    check_source(path, request.to)
                 prompts = [replace(p, examples=examples) for p in _prompts(request, scans, reader)]
             except (EdgemedError, MemoryError) as error:
                 failed += _tell(error, paths, request, groups)
@@ -273,7 +288,7 @@ def _tell(error: BaseException, paths: Sequence[str], request: Request, groups: 
 
 
 class Outputs:
-    """Where answers go: stdout, files of -o and --overlay, entries of --report."""
+    """Where answers go: stdout, files of -o, --to and --overlay, entries of --report."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -281,6 +296,7 @@ class Outputs:
         self._entries: list[dict[str, Any]] = []
         self._routed: list[dict[str, Any]] = []
         self._stems = _unused_stems()
+        self._results = ResultFiles(request, self._stems)
         self.series = SeriesOutputs(request, self._stems, self._entries)
         if request.folder is not None:
             try:
@@ -291,7 +307,10 @@ class Outputs:
     def write(
         self, answer: Answer, scans: Sequence[Scan], prompt: Prompt, paths: Sequence[str], *, notice: str
     ) -> None:
-        """Print one answer and write the files that were asked for; raises CannotWrite."""
+        """Print one answer and write the files that were asked for.
+
+        Raises CannotWrite, and what writing the files of --to raises.
+        """
         from edgemed import report
 
         request = self._request
@@ -304,23 +323,32 @@ class Outputs:
                 ("overlay", request.overlay, report.write_overlay),
                 ("panels", request.panels, report.write_panels),
             ):
-                if wanted:
+                if wanted and not (kind == "overlay" and "png" in request.to):  # which is the same picture
                     written[kind] = self._folder / f"{stem}.{kind}.png"
                     draw(answer, scan, prompt, written[kind], notice=notice)
-        line = ""
+        told: dict[str, Any] = {}
         if request.json or request.folder is not None:
             more = list(zip(scans, paths, strict=True))[1:]
-            line = _json_line(report.to_json(answer, scan, prompt, path=path, more=more, with_tokens=request.tokens))
-        if request.folder is not None:
+            told = report.to_json(answer, scan, prompt, path=path, more=more, with_tokens=request.tokens)
+        results: dict[str, Path] = {}
+        if request.folder is not None and (not request.to or "json" in request.to):
             from edgemed.files import write_atomically
 
-            written["json"] = self._folder / f"{stem}.answer.json"
-            write_atomically(written["json"], line.encode())
+            json_files = results if request.to else written
+            json_files["json"] = self._folder / f"{stem}.answer.json"
+            write_atomically(json_files["json"], _json_line(told).encode())
+        if request.to:
+            if scan is not None:
+                results |= self._results.of_image(answer, scan, prompt, path, stem, notice)
+            told["results"] = [str(file) for file in results.values()]
         if request.router is not None:
             self._routed.append(report.to_router_report(answer, prompt))
         if request.report is not None:
-            self._entries.append(report.to_run_report(answer, scan, prompt, source=path, outputs=written))
-        sys.stdout.write(line if request.json else self._text(answer, scan, prompt, path, notice))
+            self._entries.append(report.to_run_report(answer, scan, prompt, source=path, outputs=written | results))
+        if request.json:
+            sys.stdout.write(_json_line(told))
+        else:
+            sys.stdout.write(self._text(answer, scan, prompt, path, notice) + wrote([*results.values()]))
         sys.stdout.flush()  # a reader of JSON Lines gets each answer when it is there
         if not request.quiet:
             for note in answer.notes:

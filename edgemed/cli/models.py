@@ -265,14 +265,15 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 @click.argument("folder", metavar="FOLDER")
 @click.option("--name", metavar="NAME", help="Name to give it here (default: its own).")
 @click.option("--replace", is_flag=True, help="Replace an imported bundle of this name.")
+@click.option("--force", is_flag=True, help="Take an older version, too.")
 @debug_option
-def import_it(folder: str, name: str | None, replace: bool) -> None:
+def import_it(folder: str, name: str | None, replace: bool, force: bool) -> None:
     """Copy a bundle to this user's bundles after checking every file; `infer --bundle NAME` then finds it."""
     from edgemed.bundle import find_bundle, install_bundle, read_manifest, user_folder
 
     source = find_bundle(folder)
     _check_room(user_folder(), _size(source, read_manifest(source)) or 0)
-    installed = install_bundle(source, name, replace=replace)
+    installed = install_bundle(source, name, replace=replace, force=force)
     print(f"imported {installed.path.name}, sha256 {installed.digest}")
 
 

@@ -99,6 +99,19 @@ def check_device(ctx: click.Context, parameter: click.Parameter, value: str) -> 
     raise click.BadParameter(f"{value!r} is not auto, cpu, gpu or gpu:N.")
 
 
+def check_kinds(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the kinds of results in lists with commas, each once; raises click.BadParameter for an unknown one."""
+    asked = [kind.strip() for text in value for kind in text.split(",")]
+    if not asked:
+        return ()
+    from edgemed.report.results import KINDS  # here, for it needs numpy
+
+    unknown = [kind for kind in asked if kind not in KINDS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(map(repr, unknown))} is no kind of result; {', '.join(KINDS)} are.")
+    return tuple(kind for kind in KINDS if kind in asked)
+
+
 def _together(*options: Callable[[Any], Any]) -> Callable[[C], C]:
     """Return a decorator that adds `options` in this order."""
 
@@ -201,6 +214,21 @@ writing_options = _together(
         help="Above 1: beam search, at temperature 0.",
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0."),
+)
+
+
+result_options = _together(
+    click.option(
+        "--to",
+        multiple=True,
+        callback=check_kinds,
+        metavar="KIND,...",
+        help="Which files are written into FOLDER: json, seg, sr, gsps, sc, pdf (DICOM), nifti, fhir, png. A list, "
+        "repeatable; json if it is not given.",
+    ),
+    click.option("--labelmap", is_flag=True, help="The SEG as LABELMAP instead of BINARY."),
+    click.option("--seg-full-frames", is_flag=True, help="The SEG with its empty frames too; some viewers need them."),
+    click.option("--nrrd", is_flag=True, help="NRRD as 3D Slicer reads it (.seg.nrrd) instead of NIfTI."),
 )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgemed.cli.results import ResultFiles, check_source, wrote
 from edgemed.errors import BatchPartlyFailed, EdgemedError
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class DicomSlices:
     def file(self, index: int) -> str:
         return self._series.slices[index].path
 
+    def frame(self, index: int) -> int:
+        return self._series.slices[index].frame
+
     def digest(self, index: int) -> str:
         from edgemed.files import sha256_of
 
@@ -94,6 +98,9 @@ class VolumeSlices:
 
     def file(self, index: int) -> str:
         return self._volume.path
+
+    def frame(self, index: int) -> int:
+        return index
 
     def digest(self, index: int) -> str:
         return f"{self._digest}#{index}"
@@ -132,6 +139,8 @@ def run_series(
         raise EdgemedError("--frame was given with a series; it tells which slice a --region is on, --slices asks some")
     failed = 0
     with _opened(path, request, reader) as opened:
+        if isinstance(opened.slices, VolumeSlices):
+            check_source(path, request.to, volume=True)
         for text in request.prompts:
             prompt = Prompt(
                 text,
@@ -235,39 +244,53 @@ def _run(path: str, opened: Opened, prompt: Prompt, request: Request, session: S
 
 
 class SeriesOutputs:
-    """Where the results of series go: stdout, files of -o, --overlay and --panels, entries of --report."""
+    """Where the results of series go: stdout, files of -o, --to, --overlay and --panels, entries of --report."""
 
     def __init__(self, request: Request, stem_of: Callable[[str], str], entries: list[dict[str, Any]]) -> None:
         self._request, self.stem_of, self._entries = request, stem_of, entries
+        self._results = ResultFiles(request, stem_of)
         self.folder = None if request.folder is None else Path(request.folder)
 
     def write(
         self, run: SliceRun, opened: Opened, prompt: Prompt, summary: dict[str, Any], stem: str, notice: str
     ) -> None:
-        """Print the answers and the summary and write the files that were asked for; raises CannotWrite."""
+        """Print the answers and the summary and write the files that were asked for.
+
+        Raises CannotWrite, and what writing the files of --to raises.
+        """
         request = self._request
         written: list[Path] = []
         lines: list[str] = []
+        keeps_json = self.folder is not None and (not request.to or "json" in request.to)
         for index, record in run.answers():
             line = _line(record)
             if request.json:
                 sys.stdout.write(line)
-            if self.folder is not None:
+            if keeps_json:
                 lines.append(line)
             if request.overlay or request.panels or request.report is not None:
                 written += self._draw(index, record, opened, prompt, stem, notice)
-        sys.stdout.write(_line(summary) if request.json else to_table(summary, prompt, notice))
+        results: list[Path] = []
+        if keeps_json and request.to:
+            results.append(self._keep(stem, lines, summary))
+        results += self._results.of_series(run, opened, prompt, stem, notice)
+        told = {**summary, "results": [str(file) for file in results]} if request.to else summary
+        sys.stdout.write(_line(told) if request.json else to_table(summary, prompt, notice) + wrote(results))
         sys.stdout.flush()
-        if self.folder is not None:
-            from edgemed.files import write_atomically
-
-            file = self.folder / f"{stem}.series.jsonl"
-            write_atomically(file, "".join([*lines, _line(summary)]).encode())
-            written.append(file)
+        if keeps_json and not request.to:
+            written.append(self._keep(stem, lines, summary))
         _say(request, summary["notes"])
         if not request.quiet:
             for file in written:
                 print(f"wrote {file}", file=sys.stderr)
+
+    def _keep(self, stem: str, lines: Sequence[str], summary: dict[str, Any]) -> Path:
+        from edgemed.files import write_atomically
+
+        assert self.folder is not None
+        file = self.folder / f"{stem}.series.jsonl"
+        write_atomically(file, "".join([*lines, _line(summary)]).encode())
+        return file
 
     def _draw(
         self, index: int, record: dict[str, Any], opened: Opened, prompt: Prompt, stem: str, notice: str

@@ -28,6 +28,8 @@ VERBS = {
     "export": "Turn a checkpoint into a bundle of ONNX graphs (needs edgemed[export]).",
     "quantize": "Make a smaller bundle: INT8, FP8 or INT4 (needs edgemed[export]).",
     "compile": "Build engines for GPUs from a bundle.",
+    "bundle": "Sign, verify, pack and unpack bundles.",
+    "config": "Show the settings of this machine.",
     "doctor": "Check whether this workstation is ready.",
 }
 """Verb -> its line in the help. The module of a verb is imported when the verb is used."""

@@ -19,7 +19,9 @@ What a file that cannot be read ends in (class, exit code):
 Importing this costs nothing beyond NumPy: pydicom, highdicom, Pillow and imagecodecs are imported in the child only.
 Messages hold paths, sizes and names from the standard, never the value of an element that could identify a patient.
 
-Does not cover: series and volumes, overlays, shutters, ICC profiles, Real World Value Maps, video transfer syntaxes.
+Series are found by `series`, chosen by `select`, judged by `geometry_verdict`; NIfTI and NRRD come in by `volume_file`.
+
+Does not cover: overlays, shutters, ICC profiles, Real World Value Maps, video transfer syntaxes.
 """
 
 from __future__ import annotations

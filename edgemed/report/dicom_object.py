@@ -7,11 +7,14 @@ not for diagnosis where a reader of the PACS looks: in the series description, a
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edgemed.core import Language, Prompt, Scan
 from edgemed.errors import BackendUnavailable, InvalidInput
@@ -53,6 +56,18 @@ class ResultOptions:
     fhir: tuple[str, ...] = ("R4B", "R5")
     tell: Callable[[str], None] = field(default=lambda note: None)
 
+    @property
+    def task(self) -> str:
+        """What was asked: text, language, settings and regions. Two questions that differ in any have other results."""
+        asked = self.prompt
+        shapes = []
+        for region in asked.regions:
+            mask = "" if region.mask is None else hashlib.sha256(np.packbits(region.mask).tobytes()).hexdigest()
+            shapes.append(f"{region.kind} {region.box} {region.point} {mask}")
+        return "\n".join(
+            (asked.text, asked.language, *(f"{k}={v}" for k, v in sorted(asked.settings.items())), *shapes)
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Made:
@@ -78,7 +93,7 @@ def common(group: Group, kind: str, language: Language, options: ResultOptions, 
     The same images, bundle, question and kind always give the same UIDs: a repeated run replaces its results.
     """
     p = group.provenance
-    task = (options.prompt.text, kind)
+    task = (options.task, kind)
     return {
         "series_instance_uid": group.uid("series", *task),
         "series_number": SERIES_NUMBER[kind],
@@ -95,7 +110,7 @@ def common(group: Group, kind: str, language: Language, options: ResultOptions, 
 
 def tracking_uid(group: Group, key: str, options: ResultOptions) -> str:
     """Return the UID by which all results of a run mean the same finding."""
-    return group.uid("finding", options.prompt.text, key)
+    return group.uid("finding", options.task, key)
 
 
 def device_uid(group: Group) -> str:

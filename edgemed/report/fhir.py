@@ -109,7 +109,7 @@ def _resources(
         results.append(_reference(observation))
     report = {
         "resourceType": "DiagnosticReport",
-        "id": _id(group.uid("fhir", options.prompt.text)),
+        "id": _id(group.uid("fhir", options.task)),
         "language": LANGUAGES[language].value,
         "status": "preliminary",
         "code": _concept(IMAGING_REPORT),

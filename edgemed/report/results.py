@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from edgemed.report.dicom_object import Made, ResultOptions, library, to_bytes
 from edgemed.report.dicom_source import Analysed, Group, read_groups
 from edgemed.report.findings import Finding, findings_of
 
-__all__ = ["KINDS", "Analysed", "ResultOptions", "write_results"]
+__all__ = ["KINDS", "Analysed", "ResultOptions", "write_groups", "write_results"]
 
 KINDS = ("json", "seg", "sr", "gsps", "sc", "pdf", "nifti", "fhir", "png")
 NEED_DICOM = frozenset({"seg", "sr", "gsps", "sc", "pdf", "fhir"})
@@ -34,11 +34,13 @@ def write_results(
     *,
     language: Language,
     options: ResultOptions,
+    name_of: Callable[[int], str] | None = None,
 ) -> tuple[Path, ...]:
     """Write each of `kinds` for each series into `folder`, made if missing, and return the paths that were written.
 
     What is missing in the headers, and what could not be shown, is told to `options.tell`. A SEG is left out where
-    nothing has a mask; the other kinds tell that nothing was found.
+    nothing has a mask; the other kinds tell that nothing was found. name_of: how the file names of the n-th series
+    (from 0) begin; None: as the name of its first file.
 
     Raises NoInput without an image, InvalidInput for an unknown kind, for pictures among what DICOM or FHIR is to refer
     to, and for text that cannot be written without loss; BackendUnavailable if a library is missing; CannotWrite.
@@ -47,6 +49,20 @@ def write_results(
     groups, notes = read_groups(analysed)
     for note in notes:
         options.tell(note)
+    return write_groups(groups, folder, wanted, language=language, options=options, name_of=name_of)
+
+
+def write_groups(
+    groups: Sequence[Group],
+    folder: Path,
+    kinds: Collection[str],
+    *,
+    language: Language,
+    options: ResultOptions,
+    name_of: Callable[[int], str] | None = None,
+) -> tuple[Path, ...]:
+    """Do what `write_results` does for series whose headers were read already, or that are volumes without any."""
+    wanted = _checked(kinds, options)
     if NEED_DICOM & set(wanted):
         for image in (image for group in groups for image in group.images):
             _ = image.dicom
@@ -56,8 +72,8 @@ def write_results(
         raise CannotWrite(f"cannot make the folder {folder}: {error.strerror or 'refused'}") from error
     written: list[Path] = []
     stems: set[str] = set()
-    for group in groups:
-        stem = _unused(group.first.file, stems)
+    for number, group in enumerate(groups):
+        stem = _unused(group.first.file, stems) if name_of is None else name_of(number)
         for name, data in _files(group, wanted, language, options):
             path = folder / f"{stem}.{name}"
             write_atomically(path, data)
@@ -82,7 +98,7 @@ def _files(
     group: Group, kinds: Sequence[str], language: Language, options: ResultOptions
 ) -> Iterator[tuple[str, bytes]]:
     """Yield (end of the file name, bytes) of every result of a group, one at a time."""
-    from edgemed.report.nifti import to_volumes
+    from edgemed.report.nifti import affine_of, to_volumes
 
     findings = findings_of(group)
     segs: list[Made] = []
@@ -90,6 +106,10 @@ def _files(
         if kind == "json":
             yield _answers(group, language, options)
         elif kind == "nifti":
+            if group.first.rows == 0:
+                options.tell("no label volume was written: nothing on this picture has a mask")
+            elif len(group.images) > 1 and affine_of(group.images) is None:
+                options.tell("the images are no even stack: each has a label volume of its own, at its own place")
             yield from to_volumes(group, findings, options)
         elif kind == "fhir":
             from edgemed.report.fhir import to_fhir

@@ -13,6 +13,9 @@ from edgemed.bundle import Bundle, open_bundle, write_bundle
 from edgemed.errors import BundleError, CannotWrite
 from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 
+GRAPH = b"\x08\x0a\x12\x04test"
+"""The smallest ONNX file that says anything: IR version 10, made by "test"."""
+
 SPEC = GraphSpec(
     "decoder",
     (TensorSpec("x", "float32", (1, "sequence")),),
@@ -27,7 +30,7 @@ def make(folder: Path, **changes: object) -> Bundle:
         "family": "native",
         "graphs": {"decoder": SPEC},
         "files": {
-            "graphs/decoder.onnx": b"graph",
+            "graphs/decoder.onnx": GRAPH,
             "tokenizer/tokenizer.json": '{"肝": 1}'.encode(),
             "NOTICE": b"terms",
         },
@@ -55,7 +58,7 @@ def test_written_bundle_opens_with_the_same_manifest(tmp_path: Path) -> None:
     opened = open_bundle(tmp_path / "b")
     assert opened == written
     assert opened.spec("decoder") == SPEC
-    assert opened.graph_path("decoder").read_bytes() == b"graph"
+    assert opened.graph_path("decoder").read_bytes() == GRAPH
     assert opened.file("NOTICE") == tmp_path / "b" / "NOTICE"
     assert opened.has("decoder")
     assert not opened.has("projector")
@@ -74,7 +77,7 @@ def test_manifest_bytes_are_canonical_and_do_not_depend_on_order(tmp_path: Path)
 
 def test_changed_file_is_refused_with_both_digests(tmp_path: Path) -> None:
     made = make(tmp_path / "b")
-    made.graph_path("decoder").write_bytes(b"grapH")
+    made.graph_path("decoder").write_bytes(GRAPH[:-1] + b"T")
     with pytest.raises(
         BundleError, match=r"graphs/decoder.onnx has sha256 [0-9a-f]{8}\.\.\., the manifest says [0-9a-f]{8}"
     ):
@@ -159,10 +162,10 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_files_are_copied_or_moved(tmp_path: Path) -> None:
     source = tmp_path / "decoder.onnx"
-    source.write_bytes(b"graph")
+    source.write_bytes(GRAPH)
     files = {"graphs/decoder.onnx": source, "NOTICE": b"terms"}
     copied = make(tmp_path / "a", files=files)
-    assert source.read_bytes() == b"graph"
+    assert source.read_bytes() == GRAPH
     inode = source.stat().st_ino
     moved = make(tmp_path / "b", files=files, move=True)
     assert not source.exists()

@@ -17,14 +17,17 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from pydicom import dcmread
 
 import edgemed.infer
+import edgemed.report.results
 from edgemed.cli import main
 from edgemed.core import Answer, Language, Prompt, Provenance, Region, Scan
 from edgemed.errors import InvalidInput
 from edgemed.geometry import box_of
 from edgemed.infer import InferOptions
 from edgemed.report import read_schema
+from edgemed.report.results import KINDS
 from edgemed.volume import read_schema as read_series_schema
 
 _HELPER = Path(__file__).resolve().parents[1] / "helpers" / "made_series.py"
@@ -303,6 +306,145 @@ def test_several_inputs_go_on_after_one_that_fails(session: FakeSession, folder:
     (tmp_path / "empty").mkdir()
     assert main(["infer", str(tmp_path / "empty"), str(folder), *ASK, "-q"]) == 87
     assert len(session.asked) == 7
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_series_of_three_slices_has_every_kind_of_result(
+    session: FakeSession, tmp_path: Path, capsys: Captured
+) -> None:
+    made.write_series(tmp_path / "ct", 3, pixels=pictures((1, 2), 3), SliceThickness="2")
+    out = tmp_path / "out"
+    assert main(["infer", str(tmp_path / "ct"), *ASK, "-o", str(out), "--to", ",".join(KINDS)]) == 0
+    captured = capsys.readouterr()
+    names = [
+        "series.jsonl", "seg.dcm", "sr.dcm", "gsps.dcm", "sc-1.dcm", "sc-2.dcm", "pdf.dcm", "fhir-r4b.json",
+        "fhir-r5.json", "overlay-1.png", "overlay-2.png", "labels.nii.gz", "labels.json",
+    ]  # fmt: skip
+    assert captured.out.split("\n\n")[-1].splitlines() == [f"wrote {out / f'ct.{name}'}" for name in names]
+    assert sorted(p.name for p in out.iterdir()) == sorted(f"ct.{name}" for name in ["slices.jsonl", *names])
+    assert "Planted" not in captured.out + captured.err
+    assert "Planted" in str(dcmread(out / "ct.sr.dcm").PatientName)
+
+
+def test_masks_of_a_series_lie_where_their_slices_do(session: FakeSession, folder: Path, capsys: Captured) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    out = folder.parent / "out"
+    assert main(["infer", str(folder), *ASK, "-o", str(out), "--to", "seg,nifti", "--json"]) == 0
+    *_, summary = lines(capsys)
+    assert summary["results"] == [str(out / f"ct.{end}") for end in ("seg.dcm", "labels.nii.gz", "labels.json")]
+    jsonschema.validate(summary, read_series_schema())
+    assert summary["asked"] == list(range(1, 8))  # the label volume has all nine
+    image = nibabel.load(out / "ct.labels.nii.gz")
+    labels = np.asarray(image.dataobj)
+    expected = np.stack([p >= 500 for p in pictures(range(3, 7), 9)], -1)
+    np.testing.assert_array_equal(labels.transpose(1, 0, 2), expected)
+    np.testing.assert_allclose(image.affine, np.diag((-0.5, -0.8, 2, 1)), atol=1e-6)
+    seg = dcmread(out / "ct.seg.dcm")
+    assert sorted(depths_of(seg)) == [6, 8, 10, 12]
+    assert (seg.pixel_array == pictures((0,), 1)[0] // 500).all()
+
+
+def depths_of(seg: Any) -> list[float]:
+    groups = seg.PerFrameFunctionalGroupsSequence
+    return [float(g.PlanePositionSequence[0].ImagePositionPatient[2]) for g in groups]
+
+
+def test_an_archive_gives_the_same_objects_as_its_folder(session: FakeSession, folder: Path, capsys: Captured) -> None:
+    path = folder.parent / "study.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for slice_file in sorted(folder.iterdir()):
+            file.write(slice_file, f"Planted^Name/{slice_file.name}")
+    out = folder.parent / "out"
+    assert main(["infer", str(folder), str(path), *ASK, "-o", str(out), "--to", "seg,sc,sr"]) == 0
+    for end in ("seg.dcm", "sr.dcm", "sc-1.dcm"):
+        first, second = (dcmread(out / f"{name}.{end}") for name in ("ct", "study.zip"))
+        assert first.SOPInstanceUID == second.SOPInstanceUID
+    captured = capsys.readouterr()
+    assert "Planted" not in captured.out + captured.err
+
+
+def test_an_archive_is_named_in_errors_not_where_it_was_unpacked(
+    session: FakeSession, folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(analysed: Any, *_: object, **__: object) -> None:
+        raise InvalidInput(f"no seg can be made of {analysed[0].file}: its header is not what it needs")
+
+    path = folder.parent / "study.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.write(folder / "s0009.dcm", "a.dcm")
+    monkeypatch.setattr(edgemed.report.results, "write_results", refuse)
+    given = ["--slices", "all", "-o", str(folder.parent / "out"), "--to", "seg"]
+    assert main(["infer", str(path), *ASK, *given]) == 22
+    assert f"no seg can be made of {path}/0000" in capsys.readouterr().err
+
+
+def test_slices_with_a_gap_are_no_label_volume_and_it_is_told(
+    session: FakeSession, folder: Path, capsys: Captured
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    (folder / "s0004.dcm").unlink()  # that at 10 mm
+    out = folder.parent / "out"
+    assert main(["infer", str(folder), *ASK, "-o", str(out), "--to", "seg,nifti", "--slices", "all"]) == 0
+    err = capsys.readouterr().err
+    assert "note: the slices are no volume; masks are those of each slice" in err
+    assert "note: the images are no even stack: each has a label volume of its own" in err
+    found = [nibabel.load(p) for p in sorted(out.glob("*.nii.gz"))]
+    assert [(i.shape, i.affine[2, 3]) for i in found] == [((8, 6, 1), z) for z in (0, 2, 4, 6, 8, 12, 14, 16)]
+    assert [int(np.asarray(i.dataobj).sum()) for i in found] == [0, 0, 0, 12, 12, 12, 0, 0]
+    seg = dcmread(out / "ct.seg.dcm")
+    assert sorted(depths_of(seg)) == [6, 8, 12]
+    assert "DimensionOrganizationType" not in seg
+
+
+def test_frames_of_one_file_have_one_seg_and_one_label_volume(session: FakeSession, tmp_path: Path) -> None:
+    path = made.write_enhanced(tmp_path / "e.dcm", [(z, 1) for z in (4.0, 2.0, 0.0)])
+    ds = dcmread(path)
+    ds.PixelData = b"".join(p.astype("<u2").tobytes() for p in pictures((0, 1), 3))
+    ds.save_as(path)
+    out = tmp_path / "out"
+    assert main(["infer", str(path), *ASK, "-q", "-o", str(out), "--to", "seg,nifti", "--slices", "all"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        f"e.{end}" for end in ("labels.json", "labels.nii.gz", "seg.dcm", "slices.jsonl")
+    ]
+    assert sorted(depths_of(dcmread(out / "e.seg.dcm"))) == [2, 4]
+
+
+def test_slices_that_were_not_asked_are_told(session: FakeSession, folder: Path, capsys: Captured) -> None:
+    out = folder.parent / "out"
+    assert main(["infer", str(folder), *ASK, "-o", str(out), "--to", "nifti", "--slices", "3,5"]) == 0
+    assert "2 of 9 slices were asked; SEG and label volume tell of no other" in capsys.readouterr().err
+
+
+def test_a_volume_file_has_json_nifti_and_png_in_its_own_space(session: FakeSession, tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    data = np.stack(pictures(range(3, 7), 9), -1).transpose(1, 0, 2).astype(np.int16)
+    path, out = tmp_path / "v.nii.gz", tmp_path / "out"
+    nibabel.save(
+        nibabel.Nifti1Image(data, np.array([[0.5, 0, 0, 3], [0, 0, 2, 4], [0, 0.8, 0, 5], [0, 0, 0, 1]])), path
+    )
+    assert main(["infer", str(path), *ASK, "-o", str(out), "--to", "json,nifti,png", "-q"]) == 0
+    labels = nibabel.load(out / "v.nii.gz.labels.nii.gz")
+    places = np.argwhere(np.asarray(labels.dataobj))
+    expected = np.argwhere(data >= 500)
+    mm = [
+        np.round(nibabel.affines.apply_affine(affine, at), 3)
+        for affine, at in ((labels.affine, places), (nibabel.load(path).affine, expected))
+    ]
+    assert {*map(tuple, mm[0])} == {*map(tuple, mm[1])}
+    assert len([*out.glob("*.png")]) == 4
+
+
+def test_a_volume_file_has_no_dicom_results_and_is_not_asked_about(
+    session: FakeSession, tmp_path: Path, capsys: Captured
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 6, 3), np.int16), np.eye(4)), tmp_path / "v.nii")
+    given = ["-o", str(tmp_path / "out"), "--to", "nifti,seg,sr"]
+    assert main(["infer", str(tmp_path / "v.nii"), *ASK, *given]) == 22
+    assert "v.nii is a volume, and seg, sr must refer to DICOM images" in capsys.readouterr().err
+    assert (session.asked, [*(tmp_path / "out").iterdir()]) == ([], [])
 
 
 @pytest.mark.slow

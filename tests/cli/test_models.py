@@ -25,7 +25,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         name="tiny",
         family="native",
         graphs={"vision_encoder": GraphSpec("vision_encoder", image, (TensorSpec("features", "float32", (1, 2)),))},
-        files={"graphs/vision_encoder.onnx": b"no graph", "reports/card.md": "# 小模型\n".encode()},
+        files={"graphs/vision_encoder.onnx": b"\x08\x0a\x12\x04tiny", "reports/card.md": "# 小模型\n".encode()},
         precision={"vision_encoder": "fp32"},
         licences={"weights": "Apache-2.0"},
     )
@@ -187,6 +187,7 @@ def test_the_memory_of_the_embedded_bundle_is_told(capsys: Captured) -> None:
 
 
 def test_a_graph_that_is_none_is_told_in_place_of_its_memory(bundle: Path, capsys: Captured) -> None:
+    (bundle / "graphs/vision_encoder.onnx").write_bytes(b"no graph")
     assert main(["models", "show", str(bundle)]) == 0
     assert "vision_encoder.onnx: it is no ONNX file" in capsys.readouterr().out
 
