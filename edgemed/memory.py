@@ -337,7 +337,10 @@ def check_memory(plan: MemoryPlan, place: Device, free: int | None = None) -> No
     if free is None or plan.total * CERTAIN <= free:
         return
     needed = f"about {plan.total / MIB:.0f} MiB are needed for a prompt of {plan.tokens} tokens"
-    smaller = "use a bundle with int8 or int4 weights or a smaller cache (edgemed export --decoder int4 --cache TOKENS, edgemed quantize --kv-cache int8)"
+    smaller = (
+        "use a bundle with int8 or int4 weights or a smaller cache (edgemed export --decoder int4 --cache TOKENS, "
+        "edgemed quantize --kv-cache int8)"
+    )
     if place.kind == "gpu":
         raise DeviceOutOfMemory(
             f"{needed}, GPU {place.index} has {free / MIB:.0f} MiB free: close programs that use it, {smaller}, "
