@@ -18,8 +18,9 @@ FOLDERS = {
 }
 
 LAYERS = {
-    "__main__": 7,
-    "cli": 6,
+    "__main__": 8,
+    "cli": 7,
+    "serve": 6,
     "infer": 5,
     "batch": 5,
     "evaluation": 5,
@@ -63,6 +64,7 @@ LAYERS = {
 TORCH = {"torch", "safetensors"}
 OUTSIDE = {
     "cli": {"click", "numpy", "pydicom", "onnxruntime"},  # the last two only in `doctor`, inside its functions
+    "serve": {"pydicom", "pynetdicom", "dicomweb_client", "requests"},
     "infer": {"numpy"},
     "batch": set[str](),
     "retrieval": {"numpy"},

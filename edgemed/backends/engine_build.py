@@ -11,6 +11,7 @@ GPU is needed; that path has not been run.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -56,6 +57,17 @@ Tell = Callable[[str], None]
 _LIBRARIES = ("tensorrt_rtx", "tensorrt")
 _ONE_AT_A_TIME = threading.Lock()
 """Graphs are opened side by side, and a build holds its graph's weights several times over."""
+
+
+class _Held:
+    """How many blocks of `no_collection` run, and whether collection was on before the first."""
+
+    lock = threading.Lock()
+    blocks = 0
+    was_on = True
+
+
+_HELD = _Held()
 
 T = TypeVar("T")
 
@@ -121,8 +133,29 @@ def build_engine(graph: Path, spec: GraphSpec, target: str | None = None, progre
     if target is not None:
         check_target(trt, target)
     stop = threading.Event()
-    with _ONE_AT_A_TIME, _ctrl_c_sets(stop):
+    with _ONE_AT_A_TIME, _ctrl_c_sets(stop), no_collection():
         return _build(trt, graph, spec, target, progress, stop)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python from collecting cycles in the block, in any thread.
+
+    The library logs with a lock held, and what Python does to log may start a collection; one that finds a Builder of
+    before (in the traceback of a build that failed) asks for the same lock, and waits for ever.
+    """
+    with _HELD.lock:
+        if not _HELD.blocks:
+            _HELD.was_on = gc.isenabled()
+            gc.disable()
+        _HELD.blocks += 1
+    try:
+        yield
+    finally:
+        with _HELD.lock:
+            _HELD.blocks -= 1
+            if not _HELD.blocks and _HELD.was_on:
+                gc.enable()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from edgemed.backends.engine_build import (
     is_memory,
     last_of,
     library_version,
+    no_collection,
     open_or_build,
     targets_of,
 )
@@ -66,7 +67,8 @@ class TensorRTRunner:
         gpu = find_gpu(device.index)
         targets = targets_for(trt, gpu)
         stream = CudaStream(gpu)
-        loaded = load_engine(trt, stream, artifact, spec, targets, engines_folder(), tell or _say_nothing)
+        with no_collection():
+            loaded = load_engine(trt, stream, artifact, spec, targets, engines_folder(), tell or _say_nothing)
         self._execution = Execution(loaded, spec, stream)
         self.spec = spec
         self.device = f"GPU {gpu.index}"

@@ -30,6 +30,7 @@ VERBS = {
     "compile": "Build engines for GPUs from a bundle.",
     "bundle": "Sign, verify, pack and unpack bundles.",
     "config": "Show the settings of this machine.",
+    "serve": "Answer the studies that a PACS sends (needs edgemed[serve]).",
     "doctor": "Check whether this workstation is ready.",
 }
 """Verb -> its line in the help. The module of a verb is imported when the verb is used."""

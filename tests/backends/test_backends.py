@@ -161,7 +161,7 @@ def test_a_session_that_came_up_without_the_gpu_is_refused(plain: Path, monkeypa
     class CpuOnly(onnxruntime.InferenceSession):
         """What onnxruntime-gpu does where the driver is missing: a warning, and a session on the CPU."""
 
-        def __init__(self, path, options, providers) -> None:
+        def __init__(self, path, options, providers, **more) -> None:
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])

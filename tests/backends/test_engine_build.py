@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -225,3 +226,21 @@ def test_progress_is_told_and_ends_the_build_where_it_raises(graph: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         build_engine(graph, SPEC, progress=stop)
     assert build_engine(graph, SPEC)  # and the next one is not held up
+
+
+def test_nothing_is_collected_while_the_library_holds_its_lock() -> None:
+    assert gc.isenabled()
+    with engine_build.no_collection():
+        with engine_build.no_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_a_build_runs_without_collection_and_gives_it_back(graph: Path) -> None:
+    """TensorRT logs with a lock held; a collection there that finds an old Builder would wait for ever."""
+    seen: list[bool] = []
+    build_engine(graph, SPEC, progress=lambda done, total: seen.append(gc.isenabled()))
+    assert seen
+    assert not any(seen)
+    assert gc.isenabled()

@@ -1,0 +1,98 @@
+"""The node's TOML file: what it may hold, and what every mistake in it ends in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemed.errors import CannotRead, InvalidInput
+from edgemed.serve.settings import NodeSettings, Sender, read_settings, to_settings
+
+GOOD = """
+folder = "/var/lib/edgemed"
+port = 104
+quiet_seconds = 45
+[[sender]]
+aet = "CT1"
+addresses = ["10.1.0.0/24", "::1"]
+[[target]]
+name = "pacs"
+aet = "ORTHANC"
+host = "10.1.0.2"
+[[target]]
+name = "web"
+url = "https://pacs.example/dicom-web"
+[[rule]]
+name = "liver"
+prompt = "Segment the liver."
+kinds = ["seg", "sr"]
+targets = ["pacs", "web"]
+senders = ["CT1"]
+select = {conditions = {Modality = "CT"}}
+"""
+
+
+def test_a_file_fills_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text(GOOD)
+    settings = read_settings(tmp_path / "node.toml", port=11113, aet=None)
+    assert settings.port == 11113
+    assert settings.quiet_seconds == 45.0
+    assert settings.rules[0].targets == ("pacs", "web")
+    assert settings.target("web") is not None
+    assert settings.bind == "127.0.0.1"
+
+
+def test_a_missing_file_and_one_that_is_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(CannotRead):
+        read_settings(tmp_path / "node.toml")
+    (tmp_path / "node.toml").write_text("folder = ")
+    with pytest.raises(InvalidInput, match="no TOML"):
+        read_settings(tmp_path / "node.toml")
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({}, "folder is missing"),
+        ({"folder": "x", "prot": 1}, "unknown key 'prot'"),
+        ({"folder": "x", "port": "104"}, "int was expected"),
+        ({"folder": "x", "port": True}, "int was expected"),
+        ({"folder": "x", "port": 70000}, "port"),
+        ({"folder": "x", "bind": "0.0.0.0"}, "beyond_loopback"),
+        ({"folder": "x", "bind": "::"}, "beyond_loopback"),
+        ({"folder": "x", "aet": "back\\slash"}, "AE title"),
+        ({"folder": "x", "aet": "seventeen-letters"}, "AE title"),
+        ({"folder": "x", "max_associations": 0}, "max_associations"),
+        ({"folder": "x", "sender": {"aet": "A"}}, r"\[\[sender\]\] was expected"),
+        ({"folder": "x", "sender": [{"aet": "A"}]}, "lacks a key"),
+        ({"folder": "x", "sender": [{"aet": "A", "addresses": []}]}, "no addresses"),
+        ({"folder": "x", "sender": [{"aet": "A", "addresses": ["ct.local"]}]}, "no network"),
+        ({"folder": "x", "sender": [{"aet": "A", "addresses": ["::1"]}] * 2}, "two of sender"),
+        ({"folder": "x", "target": [{"name": "a"}]}, "AE title"),
+        ({"folder": "x", "target": [{"name": "a", "aet": "A", "host": "h", "tls": True}]}, "tls"),
+        ({"folder": "x", "target": [{"name": "a", "url": "https://user:word@host/"}]}, "credentials"),
+        ({"folder": "x", "rule": [{"name": "a", "prompt": "?", "kinds": ["sr"], "targets": ["b"]}]}, "'b', which"),
+        ({"folder": "x", "rule": [{"name": "../a", "prompt": "?", "kinds": ["sr"]}]}, "rule name"),
+        ({"folder": "x", "rule": [{"name": "a", "prompt": " ", "kinds": ["sr"]}]}, "prompt"),
+        ({"folder": "x", "tls": {"certificate": "c"}}, "lacks a key"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_told(table: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        to_settings(table)
+
+
+def test_beyond_loopback_needs_to_be_said() -> None:
+    assert NodeSettings(folder=Path("x"), bind="0.0.0.0", beyond_loopback=True).bind == "0.0.0.0"
+    assert NodeSettings(folder=Path("x"), bind="127.0.0.2").bind == "127.0.0.2"
+
+
+@pytest.mark.parametrize(
+    ("host", "may"),
+    [("10.1.0.7", True), ("::ffff:10.1.0.7", True), ("10.1.1.7", False), ("fe80::1%eth0", False), ("x", False)],
+)
+def test_where_a_sender_may_come_from(host: str, may: bool) -> None:
+    assert Sender("CT1", ("10.1.0.0/24",)).may_come_from(host) is may
