@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,6 +63,7 @@ class QuantizeOptions:
     slices: folder; None: public files of the pydicom package. calibrate, held_out: slices to measure and to judge on.
     search: where a graph misses the cosine, nodes keep their precision until it does not; a plan is taken as it is.
     cache: int8 makes the decoder's cache so, whatever the plan says of it.
+    max_new_tokens: of the answers that are compared; recorded_tokens: of those that the graphs are calibrated on.
     tell: gets a line for a note, progress (what, done, in all).
     """
 
@@ -73,6 +75,7 @@ class QuantizeOptions:
     cache: Cache = "fp32"
     gates: Gates = field(default_factory=Gates)
     max_new_tokens: int = 96
+    recorded_tokens: int = 16
     name: str | None = None
     replace: bool = False
     threads: int | None = None
@@ -151,9 +154,10 @@ class _Work:
     def __init__(self, bundle: Bundle, first: Slices, held: Slices, options: QuantizeOptions) -> None:
         self.bundle, self.first, self.held, self.options = bundle, first, held, options
         options.progress("calibration", 0, 2)
-        calls = record_feeds(bundle, first.scans, threads=options.threads)
+        record = partial(record_feeds, bundle, max_new_tokens=options.recorded_tokens, threads=options.threads)
+        calls = record(first.scans)
         options.progress("calibration", 1, 2)
-        judged = record_feeds(bundle, held.scans, threads=options.threads)
+        judged = record(held.scans)
         for warning in calls.warnings:
             options.tell(warning)
         options.progress("calibration", 2, 2)

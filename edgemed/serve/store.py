@@ -43,7 +43,7 @@ MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 
 
-class Refused(EdgemedError):
+class Refused(Exception):
     """An instance that is not taken, with the status that its sender is told (PS3.4 B.2.3)."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -84,7 +84,7 @@ class Spool:
                 raise Refused(OUT_OF_RESOURCES, "the disk is nearly full")
             self._file = open(path, "xb")  # noqa: SIM115 (closed in keep or drop)
             self._put(_file_meta(head))
-        except (OSError, ValueError, EdgemedError) as error:
+        except (OSError, ValueError, Refused) as error:
             self._refuse(error)
 
     def write(self, data: bytes) -> None:
