@@ -28,7 +28,7 @@ class Site:
     activation, weight: tensor names; the weight is "" where both inputs are computed, and what a Cast reads where it
     is stored in fewer bytes than it is computed in. dtype: what it is computed in, an ONNX type. axis: of the weight's
     output channels. inputs: products that an output value sums up. reason: why a plan leaves it out, or "". matrix:
-    whether the weight is a constant of a form that can be quantized.
+    whether the weight is a constant of a form that can be quantized. outputs: channels.
     """
 
     node: str
@@ -40,6 +40,7 @@ class Site:
     dtype: int = TensorProto.FLOAT
     reason: str = ""
     matrix: bool = True
+    outputs: int = 0
 
 
 _BY_NAME = {
@@ -88,7 +89,7 @@ def sites(model: onnx.ModelProto) -> tuple[Site, ...]:
         cast = casts.get(node.input[1])
         dtype = _attribute(cast, "to", 0) if cast else constant.data_type
         where = name_of(node), node.op_type, node.input[0], constant.name, axis, inputs
-        found.append(Site(*where, dtype, reason, matrix=not cannot))
+        found.append(Site(*where, dtype, reason, matrix=not cannot, outputs=shape[axis]))
     return tuple(found)
 
 
@@ -150,6 +151,8 @@ def _not_in(precision: Precision, site: Site) -> str:
     """Return why a node cannot have a precision that the rest of its graph gets, or ""."""
     if precision == "int4-weights" and site.operator == "Conv":
         return "a convolution: TensorRT takes blocks of 4 bits in matrices only"
+    if precision == "int4-weights" and site.outputs % 2:
+        return f"{site.outputs} outputs: TensorRT takes rows of 4-bit weights in whole bytes only"
     if precision == "int4-weights" and site.inputs % MIN_INPUTS:
         return f"{site.inputs} inputs: blocks of 4 bits need a multiple of {MIN_INPUTS}"
     return ""
