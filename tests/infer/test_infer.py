@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from types import ModuleType
 
 import numpy as np
@@ -56,8 +57,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             seen.append(f"close {self.role}")
             self.runner.close()
 
-    def counting(backend: str, artifact: Path, spec: GraphSpec, *, device: str, threads: int | None) -> Counting:
-        return Counting(real(backend, artifact, spec, device=device, threads=threads), spec.role)
+    def counting(backend: str, artifact: Path, spec: GraphSpec, **how: Any) -> Counting:
+        return Counting(real(backend, artifact, spec, **how), spec.role)
 
     monkeypatch.setattr(module, "open_runner", counting)
     return seen
