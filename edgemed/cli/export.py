@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edgemed.cli.extras import need
+from edgemed.cli.progress import Progress
 from edgemed.cli.verbs import debug_option
 from edgemed.errors import CannotRead, EdgemedError
 
@@ -70,14 +72,14 @@ def command(checkpoint: str, output: str, extra: tuple[str, ...], quiet: bool, *
         if not quiet:
             print(f"note: {line}", file=sys.stderr)
 
-    with _Progress(shown=not quiet) as progress:
+    with Progress(shown=not quiet) as progress:
         bundle = export_bundle(
             Path(checkpoint),
             Path(output),
             ExportOptions(
                 **{**options, "slices": Path(options["slices"]) if options["slices"] else None},
                 extra=dict(_file_of(text) for text in extra),
-                progress=progress.to,
+                progress=partial(progress.to, "weights"),
                 shrink=lambda model: quantize_weights(model)[0],
                 tell=tell,
             ),
@@ -90,27 +92,3 @@ def _file_of(text: str) -> tuple[str, Path]:
     if not (equals and file):
         raise EdgemedError(f"--extra {text!r} has another form than PREFIX=FILE")
     return prefix, Path(file)
-
-
-class _Progress:
-    """A bar on stderr, from the first call on; nothing where stderr is no terminal or it is not to be shown."""
-
-    def __init__(self, *, shown: bool) -> None:
-        self._bar: Any = None
-        self._shown = shown and sys.stderr.isatty()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.render_finish()
-
-    def to(self, done: int, total: int) -> None:
-        """Show that `done` of `total` weights are written."""
-        if not self._shown:
-            return
-        if self._bar is None:
-            self._bar = click.progressbar(length=total, label="weights", file=sys.stderr)
-            self._bar.render_progress()
-        self._bar.update(done - self._bar.pos)

@@ -36,8 +36,10 @@ class Reader:
     """Reads scans through one child process; use it as a context manager.
 
     `start()` only launches the child (about 0.4 s until it can serve) and returns at once, so that a caller can open
-    its model meanwhile. Not for use from several threads.
+    its model meanwhile. Not for use from several threads. worker: the module that the child runs.
     """
+
+    worker = "edgemed.dicom.worker"
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
@@ -60,7 +62,7 @@ class Reader:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPJ_NUM_THREADS"), "1")
         # -P: a folder named like a module, beside the scan, must never be imported.
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "edgemed.dicom.worker"],
+            [sys.executable, "-P", "-m", self.worker],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -24,7 +24,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgemed.dicom.geometry_verdict import MAX_ORIENTATIONS, Place, Verdict, depth_of, judge, orientation_groups
@@ -228,6 +228,7 @@ def _unpack(archive: str, folder: str, limits: Limits) -> Iterator[str]:
                             file.write(part)
                             part = stream.read(_CHUNK)
                 yield path
+    # What zipfile raises on damaged members, other compressions and passwords, each by its own class.
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
         raise InvalidInput(f"{archive} is a damaged or unsupported zip archive ({type(error).__name__})") from None
     except OSError as error:
@@ -258,23 +259,10 @@ def _check_unpacked(
 class HeaderReader(Reader):
     """Reads headers through one child process; a context manager. A file that kills the child gets its own error."""
 
+    worker = "edgemed.dicom.series_worker"
+
     def __enter__(self) -> HeaderReader:
         return self
-
-    def start(self) -> None:
-        """Launch the child unless it runs."""
-        if self._child is not None and self._child.poll() is None:
-            return
-        self.close()
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "edgemed.dicom.series_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **threads},
-        )
-        self._write(asdict(self._limits))
 
     def ask(self, path: str, *, directory: bool = False, keywords: Sequence[str] = ()) -> dict[str, Any]:
         """Return what `series_worker` says of a file. Raises the errors of `edgemed.dicom`."""

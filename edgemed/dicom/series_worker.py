@@ -7,7 +7,6 @@ one JSON line. Pixels are never read; the limits of `edgemed.dicom.worker` hold 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,7 +24,7 @@ from edgemed.dicom.header import (
 from edgemed.dicom.limits import Limits
 from edgemed.dicom.series import MAX_FILES, PHASES
 from edgemed.dicom.values import groups
-from edgemed.dicom.worker import _fail, _limit_cpu, _limit_memory, _quiet
+from edgemed.dicom.worker import _fail, serve_requests
 from edgemed.errors import CannotRead, EdgemedError, InvalidInput, ResourceLimit, UnsupportedDicom
 
 if TYPE_CHECKING:
@@ -49,19 +48,7 @@ _LONGEST = 1024
 
 def main() -> int:
     """Serve requests until stdin ends; return 0."""
-    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    limits = Limits(**json.loads(requests.readline()))
-    _quiet()
-    _limit_memory(limits.memory_bytes)
-    for line in requests:
-        request = json.loads(line)
-        _limit_cpu(limits.cpu_seconds)
-        _serve(request, limits, replies)
-        replies.flush()
-    return 0
+    return serve_requests(_serve)
 
 
 def _serve(request: Mapping[str, Any], limits: Limits, replies: BinaryIO) -> None:

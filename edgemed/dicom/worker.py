@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from edgemed.core import Scan, Window
@@ -21,6 +22,11 @@ from edgemed.errors import CannotRead, EdgemedError, InvalidInput, ResourceLimit
 
 def main() -> int:
     """Serve requests until stdin ends; return 0."""
+    return serve_requests(_serve)
+
+
+def serve_requests(serve: Callable[[dict[str, Any], Limits, BinaryIO], None]) -> int:
+    """Call `serve` with each request, the limits, and where its reply goes, within the limits; return 0."""
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
@@ -31,7 +37,7 @@ def main() -> int:
     for line in requests:
         request = json.loads(line)
         _limit_cpu(limits.cpu_seconds)
-        _serve(request, limits, replies)
+        serve(request, limits, replies)
         replies.flush()
     return 0
 

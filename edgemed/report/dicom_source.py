@@ -284,6 +284,7 @@ def _copy(ds: Dataset, header: Dataset, keyword: str) -> bool:
         if keyword in ("WindowCenter", "WindowWidth"):
             value = value if isinstance(value, float) else value[0]  # several windows: the first is the default
         setattr(header, keyword, value)
+    # What pydicom's converters and validators raise, each VR its own, on values that do not fit.
     except (ValueError, TypeError, AttributeError, NotImplementedError, OverflowError, IndexError, KeyError):
         return False
     return True

@@ -94,5 +94,5 @@ def test_the_users_folder_is_where_edgemed_home_says_else_the_platforms(monkeypa
     assert engines_folder() == Path("/site/engines")
     monkeypatch.delenv("EDGEMED_HOME")
     monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/home/user/cached")
-    assert engines_folder() == Path("/home/user/cached/edgemed/engines")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cached")
+    assert engines_folder() == Path("/cached/edgemed/engines")
