@@ -95,7 +95,7 @@ def plan_from_toml(text: str) -> QuantPlan:
     """Return the plan that `plan_to_toml` wrote. Raises InvalidInput where it is none."""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidInput(f"the plan is not TOML: {error}") from error
     if unknown := sorted(set(values) - {f.name for f in fields(QuantPlan)}):
         raise InvalidInput(f"the plan has {', '.join(unknown)}, which no plan has")

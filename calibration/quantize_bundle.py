@@ -12,6 +12,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -51,7 +52,7 @@ REPORT, PLAN, TABLE = "reports/accuracy.json", "reports/quantization.toml", "rep
 
 _FEW = 2  # sequences of calls that sensitivities are measured on: each node takes a session and a run of them
 _SEQUENCES = 24  # at most, of one graph: a mask decoder is called a hundred times, and its outputs are large
-_ATTEMPTS = 4
+_RELAXED = 3  # times that a graph gets a dearer plan for its answers: each takes it to be made and asked again
 _SHARP = {"int8", "fp8", "int8-weights"}
 """Precisions whose graphs must meet the cosine; of INT4 the answers are judged."""
 
@@ -125,7 +126,8 @@ def quantize_bundle(
         raise InvalidInput("the plan quantizes nothing; give a precision to at least one graph")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=_existing(output)) as folder:
-            plan, agreement = work.settle(plan, Path(folder), searched=not isinstance(precision, QuantPlan))
+            searched = not isinstance(precision, QuantPlan)
+            plan, agreement = work.settle(plan, Path(folder), searched=searched, may_keep=precision == "auto")
             if precision == "auto":  # the table is asked for even where nothing had to be left out
                 for role in plan.precision:
                     work.table(role, plan)
@@ -194,14 +196,19 @@ class _Work:
         models = {role: self.roles[role].exact for role in wanted}
         return default_plan(models, wanted, method=self.options.method, block=self.options.block)
 
-    def settle(self, plan: QuantPlan, folder: Path, *, searched: bool) -> tuple[QuantPlan, Agreement]:
-        """Return a plan whose graphs and answers pass, and how the answers agree. Raises BundleError if none does."""
+    def settle(self, plan: QuantPlan, folder: Path, *, searched: bool, may_keep: bool) -> tuple[QuantPlan, Agreement]:
+        """Return a plan whose graphs and answers pass, and how the answers agree. Raises BundleError if none does.
+
+        searched: a graph to blame for answers that differ gets a dearer plan, _RELAXED times. may_keep: after that it
+        keeps its own precision, as long as another graph does not.
+        """
         touched = {r for r in self.roles if _has_weights(plan, r) or self.small_cache(plan, r)}
         if unknown := sorted({*plan.precision, *plan.nodes, *plan.excluded} - set(self.roles)):
             raise InvalidInput(f"the plan names the {unknown[0]}; the bundle has none, or no question led to it")
         if plan.cache == "int8":
             self.judge_cache(plan)
-        for attempt in range(_ATTEMPTS):
+        relaxations: Counter[str] = Counter()
+        while True:  # ends: a graph is relaxed _RELAXED times, then given up, and the last one is not given up
             for role in sorted(touched):
                 plan = self.fit(role, plan, searched=searched)
             agreement = self.ask_both(plan, folder)
@@ -209,13 +216,16 @@ class _Work:
             if not failed:
                 return plan, agreement
             blamed = self.blamed(plan, folder)
-            relaxed = self.relaxed(plan, blamed) if searched and attempt < _ATTEMPTS - 1 else None
+            relaxed = self.relaxed(plan, blamed) if searched and relaxations[blamed] < _RELAXED else None
+            relaxed = relaxed or (self.given_up(plan, blamed) if may_keep else None)
+            relaxations[blamed] += 1
             if relaxed is None:
                 worst = f"most of it by the {blamed}: {self.worst(blamed, plan)}"
                 raise BundleError(f"the quantized bundle is refused: {'; '.join(failed)}; {worst}; nothing was written")
             self.options.tell(f"{'; '.join(failed)}: {relaxed[1]}")
             plan, touched = relaxed[0], {blamed}
-        raise AssertionError  # the last attempt returns or raises
+            if not (_has_weights(plan, blamed) or self.small_cache(plan, blamed)):
+                self.roles[blamed].model, self.roles[blamed].rows, touched = None, (), set()
 
     def relaxed(self, plan: QuantPlan, role: str) -> tuple[QuantPlan, str] | None:
         """Return (a plan that costs more in this graph, what it changes), or None where nothing is left to give.
@@ -235,6 +245,13 @@ class _Work:
         error = max((row.relative_error for row in self.roles[role].rows), default=0.0)
         some = search.left_out(rows, self.products_of(role), error / 2) or rows[:1]
         return search.with_excluded(plan, role, some), f"{len(some)} nodes of the {role} keep their precision"
+
+    def given_up(self, plan: QuantPlan, role: str) -> tuple[QuantPlan, str] | None:
+        """Return (the plan with this graph as it was, what it changes), or None where no other graph gets smaller."""
+        rest = [{k: v for k, v in part.items() if k != role} for part in (plan.precision, plan.nodes, plan.excluded)]
+        if not rest[0] and not rest[1]:
+            return None
+        return replace(plan, precision=rest[0], nodes=rest[1], excluded=rest[2]), f"the {role} keeps its precision"
 
     def blamed(self, plan: QuantPlan, folder: Path) -> str:
         """Return the quantized graph that changes the answers most where it alone is quantized."""

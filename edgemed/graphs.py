@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,13 @@ class GraphSpec:
                     f"graph {self.role} has state {out} -> {inp}, which are not an output and an input of it"
                 )
 
-    @property
+    @cached_property
     def fed_inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs a caller feeds: all but the state."""
         kept = {inp for _, inp in self.state}
         return tuple(t for t in self.inputs if t.name not in kept)
 
-    @property
+    @cached_property
     def returned_outputs(self) -> tuple[TensorSpec, ...]:
         """The outputs a caller gets back: all but the state."""
         kept = {out for out, _ in self.state}
@@ -82,12 +83,12 @@ class GraphSpec:
 
     def check(self, feeds: Feeds) -> None:
         """Raise InvalidInput naming the first tensor of `feeds` whose name, dtype, rank or size does not fit."""
-        expected = {t.name: t for t in self.fed_inputs}
-        if set(feeds) != set(expected):
+        expected = {t.name for t in self.fed_inputs}
+        if feeds.keys() != expected:
             raise InvalidInput(f"graph {self.role} got inputs {sorted(feeds)}, expected {sorted(expected)}")
         sizes: dict[str, int] = {}
-        for name, spec in expected.items():
-            array = feeds[name]
+        for spec in self.fed_inputs:
+            name, array = spec.name, feeds[spec.name]
             if array.dtype != np.dtype(spec.dtype) or array.ndim != len(spec.shape):
                 raise InvalidInput(
                     f"graph {self.role}, input {name}: {array.dtype} {list(array.shape)}, "

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from edgemed.bundle import Bundle, list_bundles, open_bundle
+from edgemed.calibration import quantize_bundle as quantize_bundle_module
 from edgemed.calibration.gates import Gates
 from edgemed.calibration.plan import QuantPlan, plan_from_toml
 from edgemed.calibration.quantize_bundle import PLAN, REPORT, TABLE, QuantizeOptions, quantize_bundle
@@ -128,6 +129,24 @@ def test_answers_that_differ_too_much_cost_precision_where_they_are_made(
     assert any("same text" in line and ("get 8" in line or "keep their precision" in line) for line in told)
     assert json.loads(made.file(REPORT).read_text())["answers"]["same_text"] >= 0.75
     assert "layers.0.qkv.output" in made.file(TABLE).read_text()
+
+
+def test_auto_keeps_the_precision_of_a_graph_that_nothing_mends(
+    tmp_path: Path, published_bundle: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter([["same text in 0.1, at least 0.9 was expected"], []])
+    monkeypatch.setattr(quantize_bundle_module, "missed", lambda *rest: next(verdicts))
+    monkeypatch.setattr(quantize_bundle_module, "_RELAXED", 0)
+    monkeypatch.setattr(quantize_bundle_module._Work, "blamed", lambda *rest: "vision_encoder")
+    told: list[str] = []
+    source = published_bundle("medrega-tiny")
+    made = quantized(source, tmp_path, "auto", tell=told.append)
+    assert any(line.endswith("the vision_encoder keeps its precision") for line in told)
+    assert (made.manifest.precision["vision_encoder"], made.manifest.precision["decoder"]) == ("fp32", "int4")
+    for name, digest in source.manifest.files.items():
+        if "vision_encoder" in name:
+            assert made.manifest.files[name] == digest
+    assert {row["graph"] for row in json.loads(made.file(REPORT).read_text())["graphs"]} == {"decoder"}
 
 
 def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path, published_bundle: Published) -> None:

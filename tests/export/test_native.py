@@ -54,6 +54,7 @@ def test_every_output_of_every_graph_agrees_with_torch(exported: Any, export_tex
     assert {(r.graph, r.output) for r in rows} == {
         ("vision_encoder", "image_features"), ("projector", "image_tokens"), ("projector", "region_tokens"),
         ("projector", "presence"), ("projector", "boxes"), ("projector", "structure_maps"),
+        ("projector", "side_probability"), ("projector", "side_spread"),
         ("decoder", "logits (prefill)"), ("decoder", "hidden (prefill)"), ("decoder", "logits (step)"),
         ("decoder", "hidden (step)"), ("mask_decoder", "mask_logits"), ("mask_decoder", "iou"),
     }  # fmt: skip

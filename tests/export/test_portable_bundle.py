@@ -125,9 +125,9 @@ def test_every_graph_builds_to_an_engine(made: Made, family: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (extra: edgemed[gpu])")
     from edgemed.export.engine import build_engine
 
-    half = made(family)
-    graphs = [(half, role) for role in half.manifest.graphs]
-    graphs += [(made(family, *how), "decoder") for how in (("fp32", "fp32"), ("int8", "int8"), ("int4", "auto"))]
+    half, full = made(family), made(family, "fp32", "fp32")
+    graphs = [(bundle, role) for bundle in (half, full) for role in bundle.manifest.graphs]
+    graphs += [(made(family, *how), "decoder") for how in (("int8", "int8"), ("int4", "auto"))]
     graphs.append((made(family, "int8", "int8"), "vision_encoder"))
     for bundle, role in graphs:
         assert len(build_engine(bundle.graph_path(role), bundle.spec(role))) > 1 << 14
@@ -155,14 +155,8 @@ def test_a_native_checkpoint_for_tensorrt_agrees_answers_and_builds(
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (extra: edgemed[gpu])")
     from edgemed.export.engine import build_engine
 
-    graphs = [("auto", role) for role in bundles["auto"].manifest.graphs]
-    for how, role in (
-        *graphs,
-        ("fp32", "decoder"),
-        ("int8", "decoder"),
-        ("int8", "vision_encoder"),
-        ("int4", "decoder"),
-    ):
+    graphs = [(how, role) for how in ("auto", "fp32") for role in bundles[how].manifest.graphs]
+    for how, role in (*graphs, ("int8", "decoder"), ("int8", "vision_encoder"), ("int4", "decoder")):
         assert len(build_engine(bundles[how].graph_path(role), bundles[how].spec(role))) > 1 << 14
 
 
