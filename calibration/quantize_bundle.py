@@ -248,10 +248,13 @@ class _Work:
 
     def given_up(self, plan: QuantPlan, role: str) -> tuple[QuantPlan, str] | None:
         """Return (the plan with this graph as it was, what it changes), or None where no other graph gets smaller."""
-        rest = [{k: v for k, v in part.items() if k != role} for part in (plan.precision, plan.nodes, plan.excluded)]
-        if not rest[0] and not rest[1]:
+        precision = {k: v for k, v in plan.precision.items() if k != role}
+        nodes = {k: v for k, v in plan.nodes.items() if k != role}
+        excluded = {k: v for k, v in plan.excluded.items() if k != role}
+        if not precision and not nodes:
             return None
-        return replace(plan, precision=rest[0], nodes=rest[1], excluded=rest[2]), f"the {role} keeps its precision"
+        plan = replace(plan, precision=precision, nodes=nodes, excluded=excluded)
+        return plan, f"the {role} keeps its precision"
 
     def blamed(self, plan: QuantPlan, folder: Path) -> str:
         """Return the quantized graph that changes the answers most where it alone is quantized."""

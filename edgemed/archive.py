@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from edgemed.bundle import MANIFEST, SIGNATURE, Bundle, open_bundle, read_manifest, refuse_downgrade
-from edgemed.errors import BundleError, CannotWrite, SignatureError
+from edgemed.errors import BundleError, CannotRead, CannotWrite, SignatureError
 from edgemed.files import sha256_of, write_atomically
 from edgemed.manifest import BUNDLE_NAME, MAX_MANIFEST_BYTES, MAX_SIGNATURE_BYTES
 from edgemed.signing import NO_POLICY, Policy, check_signatures, read_policy
@@ -222,11 +222,15 @@ def unpack(
 
 @contextlib.contextmanager
 def _dropping(working: Path) -> Iterator[None]:
-    """Remove what was unpacked if it is refused: its parts were as the index says, so going on would not help."""
+    """Remove what was unpacked if it is refused: its parts were as the index says, so going on would not help.
+
+    Not where the system could not read it this time: the medium of its parts may be gone.
+    """
     try:
         yield
-    except BundleError:
-        shutil.rmtree(working, ignore_errors=True)
+    except BundleError as error:
+        if not isinstance(error.__cause__, OSError | CannotRead):
+            shutil.rmtree(working, ignore_errors=True)
         raise
 
 
@@ -270,7 +274,7 @@ class _State:
                     return state
         except SignatureError:
             raise
-        except (OSError, ValueError, LookupError, TypeError, BundleError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, BundleError):
             pass  # nothing there, or nothing that this program left: it starts anew
         if os.path.lexists(working):
             shutil.rmtree(working)

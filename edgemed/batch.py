@@ -368,7 +368,7 @@ class AnswerFile:
             line = json.loads(body.removesuffix(b",").decode() if self._lines.listed else body.decode())
             if isinstance(line, dict) and line:
                 return line
-        except ValueError:
+        except (ValueError, RecursionError):
             head = f'{{"{self._lines.first_key}":'.encode()
             if not raw.endswith(b"\n") and (body.startswith(head) or head.startswith(body)):
                 return {}

@@ -203,7 +203,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CannotRead(f"{path} cannot be read: {error.strerror or 'refused'}; a checkpoint has it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidInput(f"{path} holds a {type(content).__name__}, an object was expected")
@@ -327,7 +327,7 @@ def _safetensors_header(file: Path) -> dict[str, Stored]:
         entries = json.loads(header, object_pairs_hook=_unique)
         entries.pop("__metadata__", None)
         tensors = {key: _entry(file, key, entry, 8 + length) for key, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(f"{file}: the safetensors header does not hold: {error}") from error
     end = max((_end(tensor) for tensor in tensors.values()), default=8 + length)
     if size < end:

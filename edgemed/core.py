@@ -124,9 +124,28 @@ class Scan:
         return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
 
 
+@dataclass(frozen=True)
+class Side:
+    """How sure one side of a box is.
+
+    probability: of the side as it was written, 0..1. spread_px: standard deviation of where it may be, in scan pixels,
+    or None where that is not known.
+    """
+
+    probability: float
+    spread_px: float | None = None
+
+
+Sides = tuple[Side, Side, Side, Side]
+"""Of x0, y0, x1, y1."""
+
+
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One place in a scan: box and mask in scan pixels of frame `frame`, score and iou_estimate in 0..1 or None."""
+    """One place in a scan: box and mask in scan pixels of frame `frame`, score and iou_estimate in 0..1 or None.
+
+    sides: how sure each side of the box is, where the model says. uncertain: the score is below what was asked for.
+    """
 
     label: str
     box: Box
@@ -134,6 +153,8 @@ class Region:
     mask: Mask | None = None
     score: float | None = None
     iou_estimate: float | None = None
+    sides: Sides | None = None
+    uncertain: bool = False
 
     def __post_init__(self) -> None:
         x0, y0, x1, y1 = self.box

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import numpy as np
@@ -35,6 +35,7 @@ class DecodeOptions:
     max_new_tokens: the longest answer. temperature: 0 is greedy; above 0 tokens are drawn, reproducibly for a `seed`.
     eos_id: ends the answer. keep_hidden: token ids whose hidden state is returned; None: every position's.
     cache: tokens the decoder's cache holds, prompt and answer together. router: keep what the routers said.
+    numbers: token id -> the number it writes (a coordinate's bin, a digit); for these `Decoded.spreads` is measured.
     """
 
     eos_id: int
@@ -44,6 +45,7 @@ class DecodeOptions:
     keep_hidden: frozenset[int] | None = frozenset()
     cache: int = 1024
     router: bool = False
+    numbers: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -61,6 +63,8 @@ class Decoded:
     ids: the answer without the end token.
     log_probs: for each id, the log of its probability among the tokens the grammar allowed, at temperature 1 also where
     it was drawn at another.
+    spreads: for each id of `numbers`, the standard deviation of the number among those the grammar allowed there, 0
+    where it allowed one; None for other ids.
     hidden: (index in ids, float32 [width]) where an id of `keep_hidden` went in, in order; index -1 is the prompt's
     last token.
     ended: the model ended the answer; False where the token limit did, and then the ids stop where the grammar last
@@ -81,6 +85,7 @@ class Decoded:
     drafted: int = 0
     accepted: int = 0
     forced: int = 0
+    spreads: tuple[float | None, ...] = ()
 
 
 NOTHING_DECODED = Decoded((), (), (), True, 0, 0, 0.0, 0.0)
@@ -160,6 +165,7 @@ def decode(
         drafted=drafted,
         accepted=accepted,
         forced=forced,
+        spreads=tuple(walk.spreads[:end]),
     )
 
 
@@ -187,6 +193,9 @@ class _Walk(Generic[State]):
         self._state = grammar.start()
         self.ids: list[int] = []
         self.log_probs: list[float] = []
+        self.spreads: list[float | None] = []
+        self._number_ids = np.array(list(options.numbers), np.int64)
+        self._numbers = np.array(list(options.numbers.values()), np.float64)
         self.end = 0  # how many ids there are where the grammar last allowed an end
         self.ended = False
         self.finished = False
@@ -232,13 +241,14 @@ class _Walk(Generic[State]):
             if token == self._options.eos_id:
                 self.ended = self.finished = True
                 return None, back
-            self._add(token, log_prob)
+            spread = self._spread(logits, allowed) if token in self._options.numbers else None
+            self._add(token, log_prob, spread)
             if not self._grammar.refuses(self._state):
                 self._stop_at_limit()
                 return token, back
             assert self._rest is not None
             self._refused.add(self.ids[self.end])
-            del self.ids[self.end :], self.log_probs[self.end :]
+            del self.ids[self.end :], self.log_probs[self.end :], self.spreads[self.end :]
             past, self._state, logits = self._rest  # the cache is rolled back by its length alone
             back = past
 
@@ -260,9 +270,19 @@ class _Walk(Generic[State]):
             return only, 0.0
         return _pick(logits, allowed, self._options.temperature, self._rng)
 
-    def _add(self, token: int, log_prob: float) -> None:
+    def _spread(self, logits: npt.NDArray[Any], allowed: npt.NDArray[np.bool_]) -> float:
+        """Return the standard deviation of the number that comes next, if it is one."""
+        open_here = allowed[self._number_ids]
+        likely = logits[self._number_ids][open_here].astype(np.float64)
+        weights = np.exp(likely - likely.max())
+        weights /= weights.sum()
+        numbers = self._numbers[open_here]
+        return float(np.sqrt(weights @ np.square(numbers - weights @ numbers)))
+
+    def _add(self, token: int, log_prob: float, spread: float | None) -> None:
         self.ids.append(token)
         self.log_probs.append(log_prob)
+        self.spreads.append(spread)
         self._state = self._grammar.advance(self._state, token)
 
     def _stop_at_limit(self) -> None:
@@ -280,7 +300,7 @@ class _Walk(Generic[State]):
                 break
             if self._grammar.refuses(self._grammar.advance(self._state, token)):
                 break  # going back needs the logits of a call
-            self._add(token, 0.0)
+            self._add(token, 0.0, 0.0 if token in self._options.numbers else None)
             run.append(token)
             self._stop_at_limit()
         return run

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemed.core import Answer, Box, Language, Mask, Point, Prompt, PromptRegion, Region, Scan
-from edgemed.errors import EdgemedError, InvalidInput, NoInput
+from edgemed.errors import CannotRead, EdgemedError, InvalidInput, NoInput
 from edgemed.families.native_lexicon import MODALITIES, STRUCTURES, UNKNOWN_NAMES, Term, structure_of
 from edgemed.files import write_atomically
 from edgemed.geometry import box_iou, box_of, dice
@@ -71,7 +71,7 @@ SAME_BOX = 0.9
 """From this IoU on, the English and the Chinese box are the same."""
 
 _ROUNDS = 2000
-_TERMS = {term.key: term for term in (*STRUCTURES, *UNKNOWN_NAMES)}
+TERMS = {term.key: term for term in (*STRUCTURES, *UNKNOWN_NAMES)}
 
 
 class Asked(Protocol):
@@ -181,13 +181,13 @@ def evaluate_test_series(
         for key in structures:
             mask = masks.get(key)
             if mask is not None and int(mask.sum()) >= MINIMUM_PIXELS:
-                samples += exam.target(_target(_TERMS[key], mask))
+                samples += exam.target(target_of(TERMS[key], mask))
         for key in absent:
             if key not in masks or not masks[key].any():
-                samples += exam.absent(_TERMS[key], "absent: falsely found")
+                samples += exam.absent(TERMS[key], "absent: falsely found")
         for key, mask in masks.items():
-            if key in _TERMS and key not in absent and not mask.any():
-                samples += exam.absent(_TERMS[key], "absent in this slice: falsely found")
+            if key in TERMS and key not in absent and not mask.any():
+                samples += exam.absent(TERMS[key], "absent in this slice: falsely found")
         samples += exam.modality(_modality("CT"))
         if progress is not None:
             progress(done + 1, len(chosen))
@@ -217,8 +217,8 @@ def evaluate_records(
     """
     from edgemed.dicom import Reader
 
-    chosen = [r for r in _records(records) if r["view"] != "volume" and choose(r)]
-    chosen = _spread(chosen, limit)
+    chosen = [r for r in read_records(records) if r["view"] != "volume" and choose(r)]
+    chosen = spread_out(chosen, limit)
     if not chosen:
         raise NoInput(f"no record of {records} was chosen")
     samples: list[Sample] = []
@@ -230,7 +230,7 @@ def evaluate_records(
             modality = _modality(record["modality"])
             if modality is not None:
                 samples += exam.modality(modality)
-            for target in _targets(record, folder, structure or _by_lexicon, reader):
+            for target in targets_of(record, folder, structure or by_lexicon, reader):
                 samples += exam.target(target)
             if progress is not None:
                 progress(done + 1, len(chosen))
@@ -257,11 +257,11 @@ class _Exam:
         """Ask where the structure is, for its mask by text, box and point, and what it is."""
         boxes: dict[Language, Box | None] = {}
         for language in self.languages:
-            found = _named(self._ask("where", language, target.term), target.term)
+            found = named_region(self._ask("where", language, target.term), target.term)
             boxes[language] = found.box if found is not None else None
             yield self._sample("box IoU", target, language, box_iou(found.box, target.box) if found else 0.0)
             if target.mask is not None:
-                outlined = _named(self._ask("segment", language, target.term), target.term)
+                outlined = named_region(self._ask("segment", language, target.term), target.term)
                 yield self._sample("text->mask Dice", target, language, _dice(outlined, target.mask))
         if len(boxes) > 1:
             first, *others = boxes.values()
@@ -279,7 +279,7 @@ class _Exam:
                     outlined = self._ask("outline", language, None, region)
                     first = next((r for r in outlined.regions if r.mask is not None), None)
                     yield self._sample(f"{kind}->mask Dice", target, language, _dice(first, target.mask))
-                named = _named(self._ask("name", language, None, region), target.term)
+                named = named_region(self._ask("name", language, None, region), target.term)
                 metric = "region->name" if kind == "box" else f"region->name ({kind})"
                 yield self._sample(metric, target, language, float(named is not None))
 
@@ -309,13 +309,14 @@ class _Exam:
         return Sample(metric, target.term.key, self.group, self.cluster, language, value)
 
 
-def _target(term: Term, mask: Mask) -> Target:
+def target_of(term: Term, mask: Mask) -> Target:
+    """Return the target of a structure with a mask that is not empty."""
     box = box_of(mask)
     assert box is not None
     return Target(term, box, mask)
 
 
-def _named(answer: Answer, term: Term) -> Region | None:
+def named_region(answer: Answer, term: Term) -> Region | None:
     """Return the first region of the answer that is labelled with a name of `term`, or None."""
     index = structure_of(term.en[0])
     return next((r for r in answer.regions if index is not None and structure_of(r.label) == index), None)
@@ -421,12 +422,17 @@ def by_position(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a `records.jsonl`. Raises CannotRead, or InvalidInput where it is none."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise CannotRead(f"cannot read {path.name}: {error.strerror or 'refused'}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path.name} has a line that is not JSON; a records.jsonl was expected") from error
 
 
-def _spread(records: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+def spread_out(records: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
     """Return at most `limit` records of each source, evenly spread over it."""
     by_source: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -440,12 +446,13 @@ def _spread(records: list[dict[str, Any]], limit: int | None) -> list[dict[str, 
     return picked
 
 
-def _by_lexicon(name: str) -> str | None:
+def by_lexicon(name: str) -> str | None:
+    """Return the key of the structure that a name means, or None."""
     index = structure_of(name)
     return None if index is None else STRUCTURES[index].key
 
 
-def _targets(
+def targets_of(
     record: Mapping[str, Any], folder: Path, structure: Callable[[str], str | None], reader: Reader
 ) -> Iterator[Target]:
     """Yield what is labelled in a picture: the first mask of each structure, and the box of a structure with one."""
@@ -460,10 +467,10 @@ def _targets(
             mask = np.asarray(grey == label.get("mask_value", 255))
             if int(mask.sum()) >= MINIMUM_PIXELS:
                 seen.add(key)
-                yield _target(_TERMS[key], mask)
+                yield target_of(TERMS[key], mask)
         elif label.get("box") and keys.count(key) == 1:
             x0, y0, x1, y1 = (float(v) for v in label["box"])
-            yield Target(_TERMS[key], (x0, y0, x1, y1))
+            yield Target(TERMS[key], (x0, y0, x1, y1))
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

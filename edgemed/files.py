@@ -9,11 +9,12 @@ from pathlib import Path
 from edgemed.errors import CannotRead, CannotWrite
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: bytes, *, through: Path | None = None) -> None:
     """Write `data` to `path` so that a reader sees the old content or the new, never a part.
 
-    The bytes go to a hidden file in the same folder, are flushed to the disk, and take the name last. A link keeps
-    pointing at its target, which is replaced. What is not a regular file (a pipe, /dev/null) is written to directly.
+    The bytes go to a hidden file in the same folder (or in `through`, on the same disk), are flushed to the disk, and
+    take the name last. A link keeps pointing at its target, which is replaced. What is not a regular file (a pipe,
+    /dev/null) is written to directly.
 
     Raises CannotWrite if the folder is missing or the system refuses; nothing half-written is left.
     """
@@ -24,7 +25,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             return
         if target.is_dir():
             raise CannotWrite(f"cannot write {path}: it is a folder, a file name was expected")
-        _replace(target, data)
+        _replace(target, data, through or target.parent)
     except OSError as error:
         reason = error.strerror or "refused"
         if not target.parent.is_dir():
@@ -32,8 +33,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         raise CannotWrite(f"cannot write {path}: {reason}") from error
 
 
-def _replace(target: Path, data: bytes) -> None:
-    temporary = target.with_name(f".{os.urandom(8).hex()}.part")
+def _replace(target: Path, data: bytes, folder: Path) -> None:
+    temporary = folder / f".{os.urandom(8).hex()}.part"
     # 0o666 less the umask, as a plain open would give; tempfile would leave 0o600 on a result meant for others.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:

@@ -7,11 +7,12 @@ weights. Does not cover whether the graph is valid or does what its specificatio
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgemed.errors import BundleError
+from edgemed.errors import BundleError, OutOfMemory
 
 DOMAINS = frozenset({b"", b"ai.onnx", b"com.microsoft"})
 """The operator domains that ONNX Runtime has built in and our graphs use; another one needs a library."""
@@ -45,7 +46,8 @@ _TRAINING_INFO = (_MODEL, 20)
 def external_files(path: Path) -> frozenset[str]:
     """Return the files, relative to the graph's folder, that an ONNX file takes weights from, after checking the file.
 
-    Raises BundleError if it is no ONNX file, needs operators that are not built in, or has more parts than a model has.
+    Raises BundleError if it is no ONNX file, needs operators that are not built in, or has more parts than a model has;
+    OutOfMemory if it cannot be mapped.
     """
     found: set[str] = set()
     entry: dict[int, list[bytes]] = {}
@@ -67,6 +69,8 @@ def external_files(path: Path) -> frozenset[str]:
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         raise BundleError(f"{path.name} is no ONNX graph: {error}; get the bundle anew") from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # the file is mapped whole
+            raise OutOfMemory(f"{path.name} does not fit into memory; close other programs") from error
         raise BundleError(f"cannot read {path.name}: {error.strerror or 'refused'}") from error
     return frozenset(found)
 

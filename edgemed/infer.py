@@ -30,7 +30,7 @@ from edgemed import __version__, signing
 from edgemed.backends import BACKENDS, Artifact, Device, Outputs, Runner, find_backend, open_runner
 from edgemed.beam_search import beam_search
 from edgemed.bundle import Bundle, find_bundle, is_checkpoint, open_bundle
-from edgemed.core import Answer, Finding, Language, Prompt, Provenance, Scan
+from edgemed.core import Answer, Finding, Language, Prompt, Provenance, Region, Scan
 from edgemed.decoding import NOTHING_DECODED, Decoded, DecodeOptions, decode
 from edgemed.drafts import PhraseDrafts
 from edgemed.errors import BackendUnavailable, InvalidInput
@@ -51,7 +51,8 @@ class InferOptions:
 
     decode: "plain" takes one token a step and no shortcut; "auto" gives the same answer in fewer steps. grammar: only
     answers that parse; without it the model writes what it likes. temperature 0 is greedy; above 0, `seed` makes the
-    draw repeatable. beams above 1: beam search. router: keep what the routers of a mixture of experts said.
+    draw repeatable. beams above 1: beam search. router: keep what the routers of a mixture of experts said. min_score:
+    a region whose score is lower is marked as uncertain.
     """
 
     decode: DecodeMode = "auto"
@@ -61,8 +62,11 @@ class InferOptions:
     seed: int = 0
     beams: int = 1
     router: bool = False
+    min_score: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_score <= 1:
+            raise InvalidInput(f"min-score is {self.min_score:g}; a number from 0 to 1 was expected")
         if not 1 <= self.beams <= MAX_BEAMS or (self.beams > 1 and self.temperature > 0):
             raise InvalidInput(
                 f"beams is {self.beams} at temperature {self.temperature:g}; 1 to {MAX_BEAMS} was expected, and "
@@ -234,7 +238,8 @@ class Session:
         with run.timed("prepare"):
             question = self.family.ask(prompt, prepared, projected, constrained=options.grammar)
         decoded = _decode(run, question, options)
-        written = Written(decoded.ids, decoded.log_probs, dict(decoded.hidden), decoded.ended)
+        hidden = dict(decoded.hidden)
+        written = Written(decoded.ids, decoded.log_probs, hidden, decoded.ended, decoded.spreads)
         feeds = self.family.mask_feeds(prompt, prepared, projected, written)
         masks = [run.graph("mask_decoder", batch, features, projected) for batch in feeds]
         with run.timed("read_answer"):
@@ -242,7 +247,7 @@ class Session:
         return Answer(
             text=reading.text,
             tagged_text=reading.tagged_text,
-            regions=reading.regions,
+            regions=tuple(_marked(region, options.min_score) for region in reading.regions),
             provenance=self._provenance(run, options, decoded),
             prompt_ids=tuple(question.prompt_ids),
             generated_ids=decoded.ids,
@@ -317,6 +322,12 @@ class Session:
         )
 
 
+def _marked(region: Region, min_score: float) -> Region:
+    """Return the region, marked as uncertain where its score is known and lower."""
+    doubtful = region.score is not None and region.score < min_score
+    return replace(region, uncertain=True) if doubtful else region
+
+
 @dataclass(eq=False)
 class _Image:
     """The features of one image and the projector's outputs for the regions last asked about."""
@@ -388,6 +399,7 @@ def _decode(run: _Run, question: Question, options: InferOptions) -> Decoded:
             seed=options.seed,
             keep_hidden=question.keep_hidden,
             router=options.router,
+            numbers=question.numbers,
             **({} if cache is None else {"cache": cache.max}),
         )
         what = (runner, question.prompt_ids, question.fixed, question.grammar, wanted)

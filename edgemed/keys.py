@@ -78,18 +78,27 @@ def write_key_pair(stem: str | Path, passphrase: bytes | None = None) -> str:
     encoding = serialization.Encoding.PEM
     secret = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, lock)
     shown = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
-    _write_new(Path(f"{stem}.key.pem"), secret, 0o600)
-    _write_new(Path(f"{stem}.pub.pem"), shown, 0o644)
+    private = Path(f"{stem}.key.pem")
+    _write_new(private, secret, 0o600)
+    try:
+        _write_new(Path(f"{stem}.pub.pem"), shown, 0o644)
+    except CannotWrite:
+        private.unlink()
+        raise
     return key_id(public_bytes(key))
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:
+            path.unlink()  # a part of a key is none, and would stand in the way
+            raise
     except FileExistsError as error:
         raise CannotWrite(f"{path} is there already; keys are never overwritten: choose another name") from error
     except OSError as error:
@@ -285,6 +294,7 @@ def _key_list(values: Mapping[str, Any]) -> KeyList:
         revoked = {key: (str(entry["date"]), str(entry["reason"])) for key, entry in values["revoked"].items()}
         if any(key_id(trusted.public) != key for key, trusted in keys.items()):
             raise SignatureError("the list of trusted keys names a key by an id that is not its own")
+        check_day(values["issued"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SignatureError(f"the list of trusted keys is of an unknown form ({type(error).__name__})") from error
     return KeyList(values["sequence"], str(values["issued"]), keys, revoked)

@@ -110,7 +110,8 @@ def from_bytes(data: bytes) -> tuple[Signature, ...]:
 def check_signatures(manifest: bytes, signatures: bytes | None, policy: Policy, today: str = "") -> tuple[str, ...]:
     """Return the ids of the keys whose signatures of a manifest's bytes count, after applying the policy.
 
-    signatures: the content of bundle.sig, or None where there is none. today: ISO date (default: the clock's, in UTC).
+    signatures: the content of bundle.sig, or None where there is none. today: ISO date (default: the clock's, in UTC);
+    the day on which the list of keys was issued counts where it is later.
 
     Raises SignatureError if the policy is not met; if a trusted key's signature does not fit the bytes; or if revoked
     keys alone have signed, even where no signature is required.
@@ -124,6 +125,7 @@ def check_signatures(manifest: bytes, signatures: bytes | None, policy: Policy, 
 
     found = from_bytes(signatures)
     listed = read_key_list(policy.trusted_keys, policy.root_keys)
+    day = max(today or today_iso(), listed.issued)  # a clock that is behind the list is wrong: no key lives on by it
     good: dict[str, str] = {}
     problems, revoked = [], False
     for signature in found:
@@ -134,12 +136,12 @@ def check_signatures(manifest: bytes, signatures: bytes | None, policy: Policy, 
         ):
             raise SignatureError(f"the {signature.role} signature by {short} does not fit bundle.json; get both anew")
         if signature.key in listed.revoked:
-            day, reason = listed.revoked[signature.key]
-            problems.append(f"{short} was revoked on {day} ({reason})")
+            since, reason = listed.revoked[signature.key]
+            problems.append(f"{short} was revoked on {since} ({reason})")
             revoked = True
         elif trusted is None:
             problems.append(f"{short} is not in the list of trusted keys")
-        elif problem := trusted.problem(today or today_iso()):
+        elif problem := trusted.problem(day):
             problems.append(f"{short} {problem}")
         else:
             good[signature.key] = trusted.role

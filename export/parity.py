@@ -111,7 +111,7 @@ def compare(
                 runners["vision_encoder"].run({"image": image[None]})["image_features"],
             )
             maps = np.stack([box_map((40, 60, 120, 150)), box_map((100, 20, 110, 200))])
-            names = ("image_tokens", "region_tokens", "presence", "boxes", "structure_maps")
+            names = [t.name for t in specs["projector"].returned_outputs]
             expected = dict(zip(names, model.projector(features, torch.from_numpy(maps)), strict=True))
             actual = runners["projector"].run({"image_features": features.numpy(), "region_maps": maps})
             for name in names:

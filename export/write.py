@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 
 from edgemed import __version__
+from edgemed.box_confidence import to_markdown
 from edgemed.bundle import Bundle, write_bundle
 from edgemed.checkpoints import open_checkpoint
 from edgemed.errors import BundleError
@@ -25,7 +26,16 @@ from edgemed.export.parity import Row, compare, read_scans, read_slices
 from edgemed.families import opened_torch
 from edgemed.families.native import TOKENIZER
 from edgemed.families.native_text import NativeText
-from edgemed.families.native_torch import DEMONSTRATION, FAMILY, load, native_specs, read_config
+from edgemed.families.native_torch import (
+    CONFIDENCE,
+    CONFIDENCE_PLOT,
+    FAMILY,
+    load,
+    native_specs,
+    read_confidence,
+    read_config,
+    settings_of,
+)
 
 FP32_LIMIT = 2e-3
 """Largest relative error of an fp32 graph's output. Measured: below 1e-4; more means that the graph is wrong."""
@@ -87,6 +97,7 @@ def write_native_bundle(
         files[TOKENIZER] = checkpoint / "tokenizer.json"
         files["reports/parity.json"] = json.dumps(parity, indent=1).encode()
         files["reports/card.md"] = model_card(config, rows, small, _read_table(checkpoint)).encode()
+        files |= {f"reports/{n}": checkpoint / n for n in (CONFIDENCE, CONFIDENCE_PLOT) if (checkpoint / n).exists()}
         files["NOTICE"] = notice_text(config).encode()
         return write_bundle(
             output,
@@ -97,7 +108,7 @@ def write_native_bundle(
             precision=precision,
             versions={p: version(p) for p in ("onnx", "onnxruntime", "torch")} | {"edgemed": __version__},
             licences=LICENCES,
-            settings={"notice": DEMONSTRATION},
+            settings=settings_of(checkpoint),
             replace=replace,
         )
 
@@ -121,6 +132,8 @@ def native_card(checkpoint: Path, rows: Sequence[Row]) -> bytes:
 
 
 def _read_table(checkpoint: Path) -> str:
-    """Return the quality table that lies in the checkpoint folder, or a line that says there is none."""
+    """Return the quality tables that lie in the checkpoint folder, or a line that says there are none."""
     path = checkpoint / "quality.md"
-    return path.read_text(encoding="utf-8") if path.exists() else "Not measured for this checkpoint.\n"
+    quality = path.read_text(encoding="utf-8") if path.exists() else "Not measured for this checkpoint.\n"
+    found = read_confidence(checkpoint)
+    return quality if found is None else f"{quality}\n### How true the scores of boxes are\n\n{to_markdown(found)}"

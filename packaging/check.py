@@ -12,6 +12,7 @@ from pathlib import Path
 
 import environment
 import test_data
+import test_tools
 
 TYPED = environment.ROOT / ".typecheck"
 
@@ -19,7 +20,7 @@ TYPED = environment.ROOT / ".typecheck"
 def main() -> int:
     """Return 0 if every check passed, else 1; pytest comes last, so its closing line is the last line."""
     python = environment.ensure("dev")
-    extra_environment = test_data.fetch(python)
+    extra_environment = test_data.fetch(python) | test_tools.fetch()
     failed = [name for name, check in (("ruff", ruff), ("mypy", mypy)) if not check(python)]
     environment.say("pytest")
     if environment.run([python, "-m", "pytest", *sys.argv[1:]], extra_environment):

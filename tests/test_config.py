@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgemed import config
-from edgemed.config import SETTINGS, read_secret, read_settings
+from edgemed.config import SETTINGS, Kind, Value, kinds_of, read_secret, read_section, read_settings
 from edgemed.errors import CannotRead, EdgemedError
 
 ROLES = "bundles.required_roles"
@@ -118,6 +118,53 @@ def test_a_new_section_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest
         monkeypatch.delenv("EDGEMED_NODE_LEVEL", raising=False)
         with pytest.raises(EdgemedError):
             read_settings()
+
+
+KINDS: dict[str, Kind] = {"port": "number", "quiet_seconds": "decimal", "storage": "texts", "folder": "path"}
+
+
+def test_section_of_a_part_has_its_own_keys_and_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "[serve]\nport = 1\nfolder = 'f'\nquiet_seconds = 2\nstrange = true\n[[serve.sender]]\naet = 'CT1'\n"
+    file = write(tmp_path / "etc.toml", text)
+    assert "serve.port" not in read_settings()
+    found = read_section("serve", KINDS)
+    assert found["port"] == Value(1, f"file {file}")
+    assert found["folder"].value == str(tmp_path / "f")
+    assert found["quiet_seconds"].value == 2.0
+    assert found["sender"].value == [{"aet": "CT1"}]
+    assert found["strange"].value is True
+    monkeypatch.setenv("EDGEMED_SERVE_PORT", "2")
+    monkeypatch.setenv("EDGEMED_SERVE_STORAGE", "a,b")
+    monkeypatch.setenv("EDGEMED_SERVE_QUIET_SECONDS", "0.5")
+    found = read_section("serve", KINDS, {"folder": "/x", "port": None})
+    assert {key: found[key].value for key in KINDS} == {
+        "port": 2,
+        "storage": ["a", "b"],
+        "quiet_seconds": 0.5,
+        "folder": "/x",
+    }
+    assert found["port"].origin == "environment EDGEMED_SERVE_PORT"
+    own = write(tmp_path / "node.toml", "port = 9\nquiet_seconds = 3\n")
+    assert read_section("serve", KINDS, None, own)["port"].value == 2
+    for name, wrong in (("EDGEMED_SERVE_QUIET_SECONDS", "soon"), ("EDGEMED_SERVE_PRT", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, wrong)
+            with pytest.raises(EdgemedError, match=r"EDGEMED_SERVE|serve\.quiet"):
+                read_section("serve", KINDS)
+
+
+def test_kinds_are_those_of_the_plain_fields() -> None:
+    from edgemed.serve.settings import NodeSettings
+
+    kinds = kinds_of(NodeSettings)
+    assert (kinds["folder"], kinds["port"], kinds["keep_hours"]) == ("path", "number", "decimal")
+    assert not {"senders", "targets", "rules", "tls"} & set(kinds)
+
+
+def test_secrets_are_files_by_their_name() -> None:
+    assert {s.name for s in SETTINGS if s.kind == "secret"} == {s.name for s in SETTINGS if s.name.endswith("_file")}
+    with pytest.raises(AssertionError):
+        config.Setting("x.key", "secret", None, "")
 
 
 def test_unknown_variable_of_a_section_is_an_error_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

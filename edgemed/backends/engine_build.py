@@ -344,7 +344,7 @@ def _in_manifest(graph: Path, role: str) -> tuple[list[str], str]:
         values = json.loads((graph.parent.parent / "bundle.json").read_bytes())
         names = (f"{graph.parent.name}/{graph.name}{end}" for end in ("", ".data"))
         return [str(values["files"][name]) for name in names if name in values["files"]], values["precision"][role]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return [], "own"
 
 

@@ -146,7 +146,7 @@ def _header(line: bytes) -> dict[str, Any] | None:
     """Return the values of a header, or None if it is not one."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     names = {field.name for field in fields(EngineKey)} | {"sha256"}
     if not isinstance(values, dict) or set(values) != names | {"size"}:

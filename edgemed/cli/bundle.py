@@ -71,11 +71,14 @@ def keygen(stem: str, passphrase_file: str | None) -> None:
 @debug_option
 def sign(bundle: str, key: str, role: str, passphrase_file: str | None) -> None:
     """Add a signature to a bundle after checking all of it; signatures by other keys stay."""
+    from edgemed import audit
     from edgemed.bundle import sign_bundle
     from edgemed.keys import key_id, public_bytes, read_private_key
 
     private = read_private_key(key, _passphrase(passphrase_file))
     signed = sign_bundle(bundle, private, role)
+    audit.record(audit.configured(f"signed as {role}", signed.manifest.name, signed.digest))
+    audit.drain()
     print(f"{signed.manifest.name}: signed as {role} by key {key_id(public_bytes(private))}, sha256 {signed.digest}")
 
 
@@ -172,13 +175,15 @@ def unpack(index: str, output: str, force: bool, quiet: bool, **policy: Any) -> 
 
     If a part is missing or broken, it is named; copy it again and repeat the command, which goes on from there.
     """
-    from edgemed import archive
+    from edgemed import archive, audit
 
     def tell(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr)
 
     bundle = archive.unpack(index, output, _policy(**policy), tell, force=force)
+    audit.record(audit.configured("unpacked", bundle.manifest.name, bundle.digest))
+    audit.drain()
     print(f"unpacked {bundle.manifest.name} to {bundle.path}, sha256 {bundle.digest}")
 
 
@@ -256,10 +261,14 @@ def keys_edit(
 @debug_option
 def keys_install(file: str, roots: tuple[str, ...]) -> None:
     """Put a newer list where bundles.trusted_keys says; one that is older or signed by another key is refused."""
+    from edgemed import audit
     from edgemed.keys import install_key_list
 
     place, root_keys = _list_and_roots(None, roots)
-    _print_list(install_key_list(file, place, root_keys))
+    installed = install_key_list(file, place, root_keys)
+    audit.record(audit.configured(f"list of trusted keys {installed.sequence} installed", "keys"))
+    audit.drain()
+    _print_list(installed)
 
 
 def _list_and_roots(file: str | None, roots: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:

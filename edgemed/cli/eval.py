@@ -12,7 +12,7 @@ import click
 
 from edgemed.cli.extras import need
 from edgemed.cli.verbs import debug_option
-from edgemed.errors import CannotRead
+from edgemed.errors import CannotRead, EdgemedError
 
 if TYPE_CHECKING:
     from edgemed.evaluation import Evaluation
@@ -89,6 +89,52 @@ def records(
             session, path, path.parent, choose, limit=limit, progress=None if quiet else _progress
         )
     _tell(evaluation, output, as_json)
+
+
+@command.command("confidence")
+@click.option(
+    "--records", metavar="FILE", help="Pictures of a records.jsonl: those that the recipe of `nano` holds out."
+)
+@click.option("--series", nargs=2, metavar="FOLDER LABELS", help="DICOM slices and a NIfTI label map of the same grid.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many records of each source.")
+@click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th slice only.")
+@common_options
+def confidence(
+    records: str | None, series: tuple[str, str] | None, limit: int | None, every: int, bundle: str,
+    output: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure how true the scores of boxes are, and fit them.
+
+    Writes STEM.json and STEM.png (the reliability plot). Beside the weights of a checkpoint, as confidence.json, they
+    go into the bundles that are made of it.
+    """
+    if records is None and series is None:
+        raise EdgemedError("eval confidence needs --records, --series or both")
+    need(("matplotlib",), "train", "eval confidence")
+    from edgemed.box_confidence import to_markdown
+    from edgemed.box_evaluation import boxes_of_records, boxes_of_series, judge, to_json, write_confidence
+    from edgemed.infer import open_session
+
+    samples = []
+    progress = None if quiet else _progress
+    with open_session(bundle=bundle) as session:
+        if records is not None:
+            if not Path(records).is_file():
+                raise CannotRead(f"cannot read {records}: there is no such file; a records.jsonl was expected")
+            path = Path(records)
+            samples += boxes_of_records(session, path, path.parent, _choice("test"), limit=limit, progress=progress)
+        if series is not None:
+            for part in series:
+                if not Path(part).exists():
+                    raise CannotRead(f"cannot read {part}: there is no such file or folder")
+            folder, labels = map(Path, series)
+            samples += boxes_of_series(session, folder, labels, every=every, progress=progress)
+    report = judge(samples)
+    if output is not None:
+        for file in write_confidence(report, Path(output)):
+            print(f"wrote {file}", file=sys.stderr)
+    found = to_json(report)
+    click.echo(json.dumps(found) + "\n" if as_json else to_markdown(found), nl=False)
 
 
 def _choice(split: str) -> Callable[[Mapping[str, Any]], bool]:

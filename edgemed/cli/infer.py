@@ -119,11 +119,19 @@ class Request(Asking):
 def command(**options: Any) -> None:
     """Ask about scans: an answer in words, boxes and pixel masks.
 
-    INPUT is a DICOM file, a PNG or a JPEG; some families also answer without one. A folder, DICOMDIR, zip archive or
-    volume (NIfTI, NRRD) is a series: its slices are asked one by one and what they show is put together. Results go to
-    stdout, notes to stderr. With several inputs the command goes on after one that fails and ends with exit code 87.
+    INPUT is a DICOM file, a PNG, a JPEG or a TIFF; some families also answer without one. A folder, DICOMDIR, zip
+    archive or volume (NIfTI, NRRD, MetaImage) is a series: its slices are asked one by one and what they show is put
+    together. Results go to stdout, notes to stderr. With several inputs the command goes on after one that fails and
+    ends with exit code 87.
     """
-    run(Request(**options))
+    from edgemed import audit
+    from edgemed.cli.results import default_kinds
+
+    request = Request(**options)
+    if not request.to and request.folder is not None and not (request.together or request.chat):
+        request = replace(request, to=default_kinds())
+    with audit.application("infer"):
+        run(request)
 
 
 def run(request: Request) -> None:
@@ -131,6 +139,7 @@ def run(request: Request) -> None:
 
     Raises the error of a single input; BatchPartlyFailed if some of several inputs failed, each then told on stderr.
     """
+    from edgemed import audit
     from edgemed.dicom import Reader
 
     keep_libraries_quiet()
@@ -167,6 +176,7 @@ def run(request: Request) -> None:
             read_ms = (time.perf_counter() - started) * 1000
             session = opening.result()
             history: tuple[Turn, ...] = ()
+            audit.record(audit.accessed(_studies(scans, paths), "infer"))
             try:
                 similar = nearest(session, scans, paths)
                 for prompt in prompts:
@@ -185,6 +195,13 @@ def run(request: Request) -> None:
     outputs.finish()
     if failed:
         raise BatchPartlyFailed(f"{failed} of {len(groups)} inputs failed; each is told above")
+
+
+def _studies(scans: Sequence[Scan], paths: Sequence[str]) -> list[str]:
+    """Return what the audit trail records the scans under."""
+    from edgemed.audit import named
+
+    return [named(scan.study_instance_uid, path) for scan, path in zip(scans, paths, strict=True)]
 
 
 def _turn(prompt: Prompt, answer: Answer) -> Turn:
@@ -281,6 +298,9 @@ def _tell(error: BaseException, paths: Sequence[str], request: Request, groups: 
     """Return 1 after telling on stderr that one of several inputs failed; raises `error` if it is the only one."""
     if len(groups) == 1:
         raise error
+    from edgemed.audit import record_refusal
+
+    record_refusal(error, "infer")
     line, code = describe(error)
     place = "" if paths[0] in line else f"{paths[0]}: "
     print(f"edgemed: {place}{line} (code {code})", file=sys.stderr)
@@ -345,6 +365,10 @@ class Outputs:
             self._routed.append(report.to_router_report(answer, prompt))
         if request.report is not None:
             self._entries.append(report.to_run_report(answer, scan, prompt, source=path, outputs=written | results))
+        if written or results:
+            from edgemed import audit
+
+            audit.record(audit.exported(_studies(scans, paths), "infer", [*written, *results]))
         if request.json:
             sys.stdout.write(_json_line(told))
         else:

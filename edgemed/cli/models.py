@@ -269,11 +269,14 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 @debug_option
 def import_it(folder: str, name: str | None, replace: bool, force: bool) -> None:
     """Copy a bundle to this user's bundles after checking every file; `infer --bundle NAME` then finds it."""
+    from edgemed import audit
     from edgemed.bundle import find_bundle, install_bundle, read_manifest, user_folder
 
     source = find_bundle(folder)
     _check_room(user_folder(), _size(source, read_manifest(source)) or 0)
     installed = install_bundle(source, name, replace=replace, force=force)
+    audit.record(audit.configured("imported", installed.path.name, installed.digest))
+    audit.drain()
     print(f"imported {installed.path.name}, sha256 {installed.digest}")
 
 
@@ -297,11 +300,14 @@ def _check_room(folder: Path, size: int) -> None:
 @debug_option
 def remove(names: tuple[str, ...]) -> None:
     """Remove imported bundles; embedded ones stay."""
+    from edgemed import audit
     from edgemed.bundle import remove_bundle
 
     for name in names:
         remove_bundle(name)
+        audit.record(audit.configured("removed", name))
         print(f"removed {name}")
+    audit.drain()
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

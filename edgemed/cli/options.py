@@ -35,6 +35,7 @@ class Asking:
     temperature: float = 0.0
     seed: int = 0
     beams: int = 1
+    min_score: float = 0.0
     settings: tuple[str, ...] = ()
     compat: str | None = None
     task: str | None = None
@@ -81,6 +82,7 @@ class Asking:
             seed=self.seed,
             beams=self.beams,
             router=router,
+            min_score=self.min_score,
         )
 
     def language(self, text: str) -> Language:
@@ -212,6 +214,12 @@ writing_options = _together(
         default=1,
         show_default=True,
         help="Above 1: beam search, at temperature 0.",
+    ),
+    click.option(
+        "--min-score",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        help="Mark regions whose score is lower as uncertain.",
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0."),
 )

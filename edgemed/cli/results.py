@@ -27,6 +27,15 @@ _KEPT_FRAMES = 8
 """Of the frames that were read for one kind of picture; a longer series is read once for each kind."""
 
 
+def default_kinds() -> tuple[str, ...]:
+    """Return what `results.to` of the configuration names, in the order of KINDS; nothing where it is not set."""
+    from edgemed.config import read_settings
+    from edgemed.report.results import KINDS
+
+    value = read_settings().get("results.to")
+    return tuple(kind for kind in KINDS if value is not None and kind in value.value)
+
+
 def check_results(request: Request) -> None:
     """Raise EdgemedError (usage) if the options do not fit each other, BackendUnavailable if a library is missing."""
     for option, given, kind in (
@@ -106,11 +115,12 @@ class ResultFiles:
         if not self._kinds:
             return []
         from edgemed.cli.series import VolumeSlices
+        from edgemed.report.packed import packed
         from edgemed.report.results import Analysed, write_groups, write_results
         from edgemed.volume import to_answer
 
         slices, path = opened.slices, opened.facts["path"]
-        answers = {index: to_answer(record) for index, record in run.answers()}
+        answers = {index: packed(to_answer(record)) for index, record in run.answers()}
         frames = [(Path(slices.file(k)), slices.frame(k)) for k in range(len(slices.places))]
         index_of = {place: index for index, place in enumerate(frames)}
 
@@ -125,11 +135,15 @@ class ResultFiles:
             "options": self._options(replace(prompt, regions=()), notice, read),
             "name_of": names,
         }
-        self._tell_of(run, opened)
+        even = self._resampled(answers, run, opened)
+        self._tell_of(run, opened, resampled=even is not None)
         written: list[Path] = []
+        left = [kind for kind in self._kinds if even is None or kind not in ("seg", "nifti")]
+        if even is not None:
+            written += write_groups([even], self._folder, [k for k in self._kinds if k not in left], **settings)
         for kinds, shown in (
-            ([kind for kind in self._kinds if kind != "nifti"], answers),
-            ([kind for kind in self._kinds if kind == "nifti"], _filled(answers, run, opened)),
+            ([kind for kind in left if kind != "nifti"], answers),
+            ([kind for kind in left if kind == "nifti"], _filled(answers, run, opened)),
         ):
             if not kinds:
                 continue
@@ -147,6 +161,33 @@ class ResultFiles:
             )
         return written
 
+    def _resampled(self, answers: dict[int, Answer], run: SliceRun, opened: Opened) -> Group | None:
+        """Return the masks of an uneven stack on even distances, where --resample asks for it and it can be done."""
+        request, verdict = self._request, opened.verdict
+        if not request.resample or verdict.is_volume or not {"seg", "nifti"} & set(self._kinds):
+            return None
+        from edgemed.cli.series import VolumeSlices
+        from edgemed.report.dicom_source import read_groups
+        from edgemed.report.results import Analysed
+        from edgemed.volume.resample import evenly
+
+        slices = opened.slices
+        if not run.covers_all or run.failed or verdict.kind not in ("tilt", "gaps", "irregular", "duplicates"):
+            request.tell("--resample: SEG and label volume are not resampled; a slice has no place or no answer")
+            return None
+        empty = _empty(answers)
+        whole = {index: answers.get(index, empty) for index in range(len(slices.places))}
+        if isinstance(slices, VolumeSlices):
+            return evenly(_group(whole, opened))
+        frames = [Analysed(Path(slices.file(k)), slices.frame(k), answer) for k, answer in whole.items()]
+        groups, _ = read_groups(frames)
+        even = evenly(groups[0]) if len(groups) == 1 else None
+        if even is None:
+            request.tell("--resample: SEG and label volume are not resampled; the slices are not one stack")
+        elif {"sr", "fhir"} & set(self._kinds):
+            request.tell("the resampled SEG is on planes of its own; other results refer to the images, not to it")
+        return even
+
     def _options(self, prompt: Prompt, notice: str, read: Callable[[Path, int], Scan]) -> ResultOptions:
         from edgemed.report.results import ResultOptions
 
@@ -161,12 +202,14 @@ class ResultFiles:
             tell=lru_cache(maxsize=None)(request.tell),  # once each: a series may be gone through twice
         )
 
-    def _tell_of(self, run: SliceRun, opened: Opened) -> None:
+    def _tell_of(self, run: SliceRun, opened: Opened, *, resampled: bool) -> None:
         """Tell what a reader of a SEG or label volume would take for granted and is not so."""
         if not {"seg", "nifti"} & set(self._kinds):
             return
         verdict, tell = opened.verdict, self._request.tell
-        if not verdict.is_volume:
+        if resampled:
+            tell("SEG and label volume are resampled: masks on even distances, interpolated between the slices")
+        elif not verdict.is_volume:
             why = "; ".join(verdict.reasons) or verdict.kind
             tell(f"the slices are no volume; masks are those of each slice, and nothing is resampled: {why}")
         if not run.covers_all:
@@ -210,9 +253,14 @@ def _filled(answers: dict[int, Answer], run: SliceRun, opened: Opened) -> dict[i
     """Return the answers, with an empty one for each slice that was passed over because nothing is there."""
     if not run.covers_all or opened.verdict.affine is None:
         return answers
-    some = next(iter(answers.values()))
-    empty = replace(some, text="", tagged_text="", regions=(), labels=(), findings=(), notes=())
+    empty = _empty(answers)
     return {index: answers.get(index, empty) for index in range(len(opened.slices.places))}
+
+
+def _empty(answers: dict[int, Answer]) -> Answer:
+    """Return what stands for a slice on which nothing is."""
+    some = next(iter(answers.values()))
+    return replace(some, text="", tagged_text="", regions=(), labels=(), findings=(), notes=())
 
 
 def _group(answers: dict[int, Answer], opened: Opened) -> Group:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgemed.core import Answer, Example, Prompt, Scan
     from edgemed.dicom import Reader
     from edgemed.dicom.geometry_verdict import Place, Verdict
-    from edgemed.dicom.series import Series
+    from edgemed.dicom.slices import DicomSlices
     from edgemed.dicom.volume_file import Volume
     from edgemed.infer import Session
     from edgemed.volume import SliceRun
@@ -47,39 +47,6 @@ def is_series(path: str, request: Request) -> bool:
     return wanted or is_volume_file(path) or is_source(path)
 
 
-class DicomSlices:
-    """The slices of a chosen series; see `edgemed.volume.Slices`."""
-
-    def __init__(self, series: Series, reader: Reader, window: str | None, shown: Callable[[str], str]) -> None:
-        self.places: Sequence[Place] = series.places
-        self._series, self._reader, self._window, self._shown = series, reader, window, shown
-        self._digests: dict[str, str] = {}
-
-    def read(self, index: int) -> Scan:
-        item = self._series.slices[index]
-        try:
-            return self._reader.read(item.path, frame=item.frame, window=self._window)
-        except EdgemedError as error:
-            raise type(error)(str(error).replace(item.path, self.path(index))) from None
-
-    def path(self, index: int) -> str:
-        return self._shown(self._series.slices[index].path)
-
-    def file(self, index: int) -> str:
-        return self._series.slices[index].path
-
-    def frame(self, index: int) -> int:
-        return self._series.slices[index].frame
-
-    def digest(self, index: int) -> str:
-        from edgemed.files import sha256_of
-
-        item = self._series.slices[index]
-        if item.path not in self._digests:
-            self._digests[item.path] = sha256_of(item.path)
-        return f"{self._digests[item.path]}#{item.frame}"
-
-
 class VolumeSlices:
     """The slices of a volume file; see `edgemed.volume.Slices`."""
 
@@ -88,7 +55,7 @@ class VolumeSlices:
 
         self.places: Sequence[Place] = volume.places
         self._volume, self._window = volume, window
-        self._digest = sha256_of(volume.path)
+        self._digest = "+".join(sha256_of(file) for file in dict.fromkeys((volume.path, volume.data_path)))
 
     def read(self, index: int) -> Scan:
         return self._volume.read(index, self._window)
@@ -114,6 +81,7 @@ class Opened:
     verdict: Verdict
     facts: dict[str, Any]
     unreadable: int = 0
+    study: str = ""
 
 
 def run_series(
@@ -139,6 +107,9 @@ def run_series(
         raise EdgemedError("--frame was given with a series; it tells which slice a --region is on, --slices asks some")
     failed = 0
     with _opened(path, request, reader) as opened:
+        from edgemed import audit
+
+        audit.record(audit.accessed([opened.study], "infer", instances=opened.facts["slices"]))
         if isinstance(opened.slices, VolumeSlices):
             check_source(path, request.to, volume=True)
         for text in request.prompts:
@@ -171,6 +142,7 @@ def _regions(opened: Opened, request: Request, reader: Reader) -> tuple[Any, ...
 
 @contextmanager
 def _opened(path: str, request: Request, reader: Reader) -> Iterator[Opened]:
+    from edgemed.audit import named
     from edgemed.dicom.volume_file import is_volume_file, open_volume
 
     if is_volume_file(path):
@@ -183,11 +155,12 @@ def _opened(path: str, request: Request, reader: Reader) -> Iterator[Opened]:
                 "plane": volume.plane,
                 "slices": volume.count,
             }
-            yield Opened(VolumeSlices(volume, request.window), volume.verdict, facts)
+            yield Opened(VolumeSlices(volume, request.window), volume.verdict, facts, study=named(None, path))
         return
     from edgemed.dicom.geometry_verdict import plane_of
     from edgemed.dicom.select import choose, keywords_of, read_rules
     from edgemed.dicom.series import find_series, open_source
+    from edgemed.dicom.slices import DicomSlices
 
     rules = read_rules(request.select) if request.select is not None else ()
     with open_source(path) as source:
@@ -211,7 +184,7 @@ def _opened(path: str, request: Request, reader: Reader) -> Iterator[Opened]:
             "slices": len(series.slices),
         }
         slices = DicomSlices(series, reader, request.window, source.shown)
-        yield Opened(slices, series.verdict, facts, len(found.failed))
+        yield Opened(slices, series.verdict, facts, len(found.failed), named(series.study_uid, path))
 
 
 def _run(path: str, opened: Opened, prompt: Prompt, request: Request, session: Session, outputs: SeriesOutputs) -> int:
@@ -279,6 +252,11 @@ class SeriesOutputs:
         sys.stdout.flush()
         if keeps_json and not request.to:
             written.append(self._keep(stem, lines, summary))
+        if written or results:
+            from edgemed import audit
+
+            kinds = request.to or [*("json",) * keeps_json, *("png",) * (request.overlay or request.panels)]
+            audit.record(audit.exported([opened.study], "infer", kinds))
         _say(request, summary["notes"])
         if not request.quiet:
             for file in written:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemed.cli.verbs import debug_option
-from edgemed.errors import BackendUnavailable, EdgemedError, NoInput
+from edgemed.errors import BatchPartlyFailed, EdgemedError, NoInput
 
 if TYPE_CHECKING:
     from edgemed.serve.journal import Journal
     from edgemed.serve.settings import NodeSettings
 
-config_option = click.option("--config", metavar="FILE", help="The node's TOML file: senders, rules, targets, folder.")
+config_option = click.option(
+    "--config", metavar="FILE", help="The node's TOML file; default: [serve] of the configuration."
+)
 
 
 @click.group("serve", short_help="Answer the studies that a PACS sends.", invoke_without_command=True)
@@ -69,6 +71,68 @@ def retry(ctx: click.Context, config: str | None) -> None:
         print(f"{journal.retry(time.time())} to be tried again")
 
 
+@command.command("pull")
+@click.argument("query")
+@config_option
+@click.option("-o", "folder", metavar="FOLDER", help="Where studies are kept, instead of in the node: FOLDER/STUDY.")
+@click.option("--move", is_flag=True, help="By C-MOVE to the node, which must run, instead of C-GET.")
+@click.option("--list", "only_list", is_flag=True, help="Print the Study Instance UIDs and fetch nothing.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Most studies.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each study.")
+@debug_option
+@click.pass_context
+def pull(
+    ctx: click.Context,
+    query: str,
+    config: str | None,
+    folder: str | None,
+    move: bool,
+    only_list: bool,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """Fetch the studies that an archive of the configuration has for a QUERY.
+
+    QUERY is NAME:KEYWORD=VALUE,... as pacs:StudyDate=20261122,ModalitiesInStudy=CT or pacs:StudyInstanceUID=1.2.3, NAME
+    one of the [[target]] tables. DICOMweb: QIDO-RS and WADO-RS; an AE: C-FIND and C-GET.
+
+    The node takes what was fetched, at once if it runs, else when it starts. A study that cannot be fetched is told,
+    and the command then ends with exit code 87.
+    """
+    _need_libraries()
+    from edgemed.cli.options import keep_libraries_quiet
+    from edgemed.serve.pull import fetch, move_study, parse_query
+    from edgemed.serve.pull import pull as to_node
+
+    if move and folder is not None:
+        raise EdgemedError("--move was given with -o; C-MOVE sends to the node")
+    settings = _settings(config or (ctx.parent.params.get("config") if ctx.parent else None))
+    asked = parse_query(query, settings)
+    if move and asked.source.url:
+        raise EdgemedError(f"--move was given with {asked.source.name}, a DICOMweb service; it is for an AE")
+    keep_libraries_quiet()
+    failed = 0
+    studies = asked.studies(settings, limit)
+    for study in studies:
+        told: dict[str, Any] = {"study": study}
+        try:
+            if only_list:
+                pass
+            elif move:
+                told["instances"] = move_study(asked.source, settings, study, asked.series)
+            elif folder is not None:
+                place = Path(folder) / study
+                told["instances"] = len(fetch(asked.source, settings, study, place, asked.series))
+            else:
+                told["instances"] = to_node(asked, study, settings)
+        except EdgemedError as error:
+            failed += 1
+            told["error"] = " ".join(str(error).split())
+        print(json.dumps({"schema": "edgemed.pull/1", **told}) if as_json else "  ".join(map(str, told.values())))
+    if failed:
+        raise BatchPartlyFailed(f"{failed} of {len(studies)} studies could not be fetched; the lines on stdout say why")
+
+
 def _journal(ctx: click.Context, config: str | None) -> Journal:
     """Return the journal of the configuration that the subcommand, or `serve` itself, was given."""
     from edgemed.serve.journal import Journal
@@ -83,39 +147,42 @@ def _journal(ctx: click.Context, config: str | None) -> Journal:
 def _settings(config: str | None, **more: Any) -> NodeSettings:
     from edgemed.serve.settings import read_settings
 
-    if config is None:
-        raise EdgemedError("--config is missing; the node's TOML file was expected")
-    return read_settings(Path(config), **more)
+    return read_settings(config, **more)
+
+
+def _need_libraries() -> None:
+    from edgemed.cli.extras import need
+
+    need(("pynetdicom", "dicomweb_client"), "serve", "serve")
 
 
 def run(settings: NodeSettings) -> None:
     """Run the node until a signal; raises what opening the store and listening raise."""
     import signal
     import threading
-    from importlib.util import find_spec
 
-    for library in ("pynetdicom", "dicomweb_client"):
-        if find_spec(library) is None:
-            raise BackendUnavailable(f"a node needs {library}, which is not installed (extra: edgemed[serve])")
+    _need_libraries()
+    from edgemed import audit
     from edgemed.cli.options import keep_libraries_quiet
     from edgemed.serve.node import Node
     from edgemed.serve.store import Store
-    from edgemed.serve.study import StudyProcess
+    from edgemed.serve.worker import open_workers
 
     keep_libraries_quiet()
     ended = threading.Event()
     before = {sig: signal.signal(sig, lambda *_: ended.set()) for sig in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with Store(settings) as store:
-            process = StudyProcess()
-            node = Node(store, process)
+        with audit.application("serve", settings.aet), Store(settings) as store:
+            workers = open_workers(settings)
+            node = Node(store, *workers)
             try:
                 node.start()
                 while not ended.wait(3600.0):
                     pass
             finally:
                 node.stop()
-                process.close()
+                for worker in workers:
+                    worker.close()
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)

@@ -6,6 +6,7 @@ hold values of a file.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -21,7 +22,7 @@ from edgemed.errors import EdgemedError, OutOfMemory
 VERBS = {
     "infer": "Ask about scans: an answer in words, boxes and masks.",
     "index": "Find the images of a collection that are most like another.",
-    "batch": "Ask every question of a file, one line of answers each.",
+    "batch": "Ask every question of a file, or about every study of a folder.",
     "models": "List, show, verify, import and remove bundles.",
     "eval": "Measure the quality of a bundle on labelled images.",
     "train": "Train a model from a recipe file (needs edgemed[train]).",
@@ -30,6 +31,8 @@ VERBS = {
     "compile": "Build engines for GPUs from a bundle.",
     "bundle": "Sign, verify, pack and unpack bundles.",
     "config": "Show the settings of this machine.",
+    "audit": "Verify, show and send the audit trail.",
+    "deid": "Copy DICOM files without the patient's identity.",
     "serve": "Answer the studies that a PACS sends (needs edgemed[serve]).",
     "doctor": "Check whether this workstation is ready.",
 }
@@ -112,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
+        from edgemed.audit import record_refusal
+
+        record_refusal(error)
         line, code = describe(error)
         print(f"edgemed: {line}", file=sys.stderr)
         return code
@@ -123,7 +129,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
     Of an error that is not edgemed's own only the type and the place are told: its text may quote a patient's data.
     """
-    if isinstance(error, MemoryError):
+    if _lacks_memory(error):
         return "out of memory; use a smaller image or a machine with more memory", OutOfMemory.exit_code
     if isinstance(error, EdgemedError):
         return " ".join(str(error).split()), error.exit_code
@@ -135,6 +141,20 @@ def describe(error: BaseException) -> tuple[str, int]:
     where = f" in {os.path.basename(place.tb_frame.f_code.co_filename)} line {place.tb_lineno}" if place else ""
     line = f"internal error: {type(error).__name__}{where}; run it again with --debug to see the traceback"
     return line, EdgemedError.exit_code
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Return whether there was no memory for an object, a library, a thread or a mapping; each says it its own way."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if isinstance(error, ImportError) and ("cannot allocate memory" in text or "failed to map segment" in text):
+            return True
+        if isinstance(error, RuntimeError) and "can't start new thread" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _usage(error: click.ClickException) -> str:

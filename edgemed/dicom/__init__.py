@@ -1,4 +1,4 @@
-"""Reading scans: a DICOM file, PNG or JPEG -> `Scan`, decoded in a child process within limits.
+"""Reading scans: a DICOM file, PNG, JPEG or TIFF -> `Scan`, decoded in a child process within limits.
 
     scan = read_scan("scan.dcm", frame=0, window="lung")
 
@@ -7,7 +7,7 @@ What a file that cannot be read ends in (class, exit code):
     missing, not readable, input/output error                           CannotRead        20
     truncated: ends inside its header, frame, or picture                CannotRead        20
     a folder; an empty file                                             NoInput           21
-    neither DICOM nor PNG nor JPEG; not a plain file                    InvalidInput      22
+    neither DICOM nor PNG, JPEG, TIFF; not a plain file                 InvalidInput      22
     damaged: codestream, palette, tables; required elements missing     InvalidInput      22
     a file on which a decoder crashes                                   InvalidInput      22
     codestream and header disagree on the size; no such frame           InvalidInput      22

@@ -14,7 +14,10 @@ from edgemed.errors import InvalidInput, ResourceLimit
 J2K_START = b"\xff\x4f\xff\x51"
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""Little and big endian; with a plus, the form with 64-bit offsets."""
 _SOF = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7))
+_MAX_SCANS = 500
 _MAX_TILES = 65535  # ISO/IEC 15444-1 A.4.2: Isot is 16 bit
 
 
@@ -51,8 +54,11 @@ def j2k_size(data: bytes) -> FrameSize:
 def jpeg_size(data: bytes) -> FrameSize:
     """Return the size from the first SOF marker of a JPEG or JPEG-LS stream.
 
-    Raises InvalidInput if there is none. Source: ITU-T T.81 B.2.2, T.87 C.2.2.
+    Raises InvalidInput if there is none, ResourceLimit for more scans than any encoder writes: each costs a pass over
+    the whole image, however few bytes it has. Source: ITU-T T.81 B.2.2, T.87 C.2.2.
     """
+    if data.count(b"\xff\xda") > _MAX_SCANS:  # SOS; coded data have a zero after each 0xFF
+        raise ResourceLimit(f"the JPEG stream has more than {_MAX_SCANS} scans")
     at = data.find(b"\xff\xd8", 0, 4096) + 2
     while at >= 2 and at + 4 <= len(data):
         if data[at] != 0xFF:

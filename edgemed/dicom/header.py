@@ -338,8 +338,8 @@ def _checked(file: BoundedFile, ds: Dataset, uid: str | None, syntax: str, pixel
     if floating and bits != floating:
         raise InvalidInput(f"'{pixels.keyword}' has {bits} bits allocated, {floating} were expected")
     photometric = (_text(ds, "PhotometricInterpretation") or ("RGB" if samples == 3 else "MONOCHROME2")).upper()
-    if photometric not in PHOTOMETRIC:
-        raise UnsupportedDicom(f"photometric interpretation {_plain(photometric)!r} is not supported")
+    if photometric not in PHOTOMETRIC:  # not quoted: it may hold anything
+        raise UnsupportedDicom(f"the photometric interpretation is none of {', '.join(PHOTOMETRIC)}")
     ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.NumberOfFrames = samples, bits, stored, frames
     ds.PixelRepresentation = _integer(ds, "PixelRepresentation", 0)
     if ds.PixelRepresentation not in (0, 1):

@@ -7,7 +7,6 @@ import re
 from edgemed.core import Scan, Window
 from edgemed.dicom.limits import Limits
 from edgemed.dicom.sniff import sniff
-from edgemed.errors import InvalidInput
 
 _UID = re.compile(r"[0-9.]{1,64}\Z")
 _MODALITY = re.compile(r"[A-Z0-9_ ]{1,16}\Z")
@@ -23,10 +22,9 @@ def read_here(path: str, frame: int, window: Window | None, limits: Limits) -> S
 def _picture(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:
     from edgemed.dicom.picture import read_picture
 
-    if frame != 0:
-        raise InvalidInput(f"frame {frame} was asked for; a picture has one (0)")
-    shown = read_picture(path, limits)
-    return Scan(shown.pixels[None], "OT", window=(window or shown.window) if shown.window else None, total_frames=1)
+    shown, pages = read_picture(path, limits, frame)
+    window = (window or shown.window) if shown.window else None
+    return Scan(shown.pixels[None], "OT", window=window, first_frame=frame, total_frames=pages)
 
 
 def _dicom(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:

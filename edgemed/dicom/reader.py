@@ -24,11 +24,21 @@ from edgemed.core import Scan, Window
 from edgemed.dicom.limits import DEFAULT_LIMITS, Limits
 from edgemed.dicom.sniff import sniff
 from edgemed.dicom.voi import parse_window
-from edgemed.errors import CannotRead, EdgemedError, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom
+from edgemed.errors import (
+    CannotRead,
+    CannotWrite,
+    EdgemedError,
+    InvalidInput,
+    NoInput,
+    OutOfMemory,
+    ResourceLimit,
+    UnsupportedDicom,
+)
 
 _MAX_LINE = 1 << 16
 _ERRORS: dict[str, type[EdgemedError]] = {
-    kind.__name__: kind for kind in (CannotRead, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom, EdgemedError)
+    kind.__name__: kind
+    for kind in (CannotRead, CannotWrite, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom, EdgemedError)
 }
 
 
@@ -143,6 +153,8 @@ class Reader:
             return ResourceLimit("the system ended the decoder; there is too little memory for the file")
         if code < 0:
             return InvalidInput(f"the decoder crashed on it (signal {-code}); the file is damaged")
+        if code == 1 and _memory_is_limited():
+            return OutOfMemory("the decoding process could not start; allow this process more memory (ulimit -v)")
         return CannotRead(f"the decoding process ended with code {code}; check the installation with 'edgemed doctor'")
 
     def _reply(self, child: subprocess.Popen[bytes]) -> Scan:
@@ -174,6 +186,15 @@ def _fill(pipe: Any, target: memoryview) -> None:
         if not count:
             raise EOFError
         at += count
+
+
+def _memory_is_limited() -> bool:
+    """Tell whether this process, and so its child, may have only so much address space."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _signal(name: str) -> int:

@@ -22,6 +22,7 @@ import json
 import operator
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,9 +112,15 @@ def _check(keyword: str, wanted: Any, number: int) -> None:
         problem = f"compares with {wanted[1]!r}; one of {' '.join(_COMPARE)} was expected"
     elif isinstance(wanted, str):
         try:
-            re.compile(wanted)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)
+                re.compile(wanted)
         except (re.error, RecursionError, OverflowError):
             problem = "is no regular expression"
+        except (
+            FutureWarning
+        ):  # '[[', '--', '&&', '||' and '~~' inside of a set, which Python may read otherwise one day
+            problem = "has a set with two meanings; put a \\ before its inner [ - & | or ~"
     if problem:
         raise InvalidInput(f"selection {number}: the condition on {keyword} {problem}")
 

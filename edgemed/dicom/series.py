@@ -34,7 +34,10 @@ from edgemed.dicom.sniff import kind_of, sniff
 from edgemed.errors import CannotRead, CannotWrite, EdgemedError, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom
 
 MAX_FILES = 100_000
-"""In one folder, DICOMDIR or archive, with everything below it."""
+"""In one folder or archive, with everything below it; of frames in one file."""
+
+_MAX_DIRECTORY = 10 << 20
+"""Bytes of an archive's list of members, which take some 100 each."""
 
 PHASES = (
     "TemporalPositionIdentifier", "TemporalPositionIndex", "EchoNumbers", "EchoTime", "EffectiveEchoTime",
@@ -208,6 +211,7 @@ def _unpack(archive: str, folder: str, limits: Limits) -> Iterator[str]:
     total = 0
     packed_total = os.path.getsize(archive)
     try:
+        _check_directory(archive)
         with zipfile.ZipFile(archive) as opened:
             members = [m for m in opened.infolist() if not m.is_dir()]
             if len(members) > MAX_FILES:
@@ -230,6 +234,8 @@ def _unpack(archive: str, folder: str, limits: Limits) -> Iterator[str]:
                 yield path
     # What zipfile raises on damaged members, other compressions and passwords, each by its own class.
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
+        if "Overlapped" in str(error):  # later versions of zipfile find this kind of bomb before anything is unpacked
+            raise ResourceLimit(f"{archive} has several members in one place; it is no archive of images") from None
         raise InvalidInput(f"{archive} is a damaged or unsupported zip archive ({type(error).__name__})") from None
     except OSError as error:
         raise CannotWrite(f"{archive} cannot be unpacked: {error.strerror or 'refused'}") from None
@@ -237,6 +243,14 @@ def _unpack(archive: str, folder: str, limits: Limits) -> Iterator[str]:
         if type(error).__module__ != "zlib":  # zlib.error and lzma.LZMAError have no common base
             raise
         raise InvalidInput(f"{archive} is a damaged zip archive") from None
+
+
+def _check_directory(archive: str) -> None:
+    """Raise ResourceLimit if the list of an archive's members, all of which zipfile reads at once, is too long."""
+    with open(archive, "rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end and end[zipfile._ECD_SIZE] > _MAX_DIRECTORY:  # type: ignore[attr-defined]
+        raise ResourceLimit(f"{archive} has a list of members of more than {_MAX_DIRECTORY >> 20} MiB")
 
 
 def _check_unpacked(

@@ -10,7 +10,7 @@ import os
 import stat
 from typing import Literal
 
-from edgemed.dicom.codestream import JPEG_START, PNG_START
+from edgemed.dicom.codestream import JPEG_START, PNG_START, TIFF_STARTS
 from edgemed.errors import CannotRead, InvalidInput, NoInput
 
 Kind = Literal["dicom", "bare-dicom", "picture"]
@@ -22,11 +22,10 @@ _KNOWN = (
     (b"\x1f\x8b", "a gzip file"),
     (b"PK\x03\x04", "a zip archive"),
     (b"%PDF", "a PDF"),
-    (b"II*\x00", "a TIFF picture"),
-    (b"MM\x00*", "a TIFF picture"),
     (b"BM", "a BMP picture"),
     (b"GIF8", "a GIF picture"),
     (b"NRRD", "an NRRD volume"),
+    (b"ObjectType = Image", "a MetaImage volume"),
     (b"\x5c\x01\x00\x00", "a NIfTI volume"),
 )
 
@@ -35,16 +34,16 @@ def sniff(path: str) -> Kind:
     """Return the kind of the file at `path`.
 
     Raises CannotRead (20) if it is missing or may not be read, NoInput (21) for a folder or an empty file, InvalidInput
-    (22) if it is not a plain file or neither DICOM nor a PNG or JPEG picture.
+    (22) if it is not a plain file or neither DICOM nor a PNG, JPEG or TIFF picture.
     """
     try:
         facts = os.stat(path)
         if stat.S_ISDIR(facts.st_mode):
             raise NoInput(f"{path} is a folder; pass the files in it, for example {os.path.join(path, '*.dcm')}")
         if not stat.S_ISREG(facts.st_mode):
-            raise InvalidInput(f"{path} is not a plain file; a DICOM, PNG or JPEG file was expected")
+            raise InvalidInput(f"{path} is not a plain file; a DICOM, PNG, JPEG or TIFF file was expected")
         if facts.st_size == 0:
-            raise NoInput(f"{path} is empty; a DICOM, PNG or JPEG file was expected")
+            raise NoInput(f"{path} is empty; a DICOM, PNG, JPEG or TIFF file was expected")
         with open(path, "rb") as file:
             head = file.read(132)
     except FileNotFoundError:
@@ -55,7 +54,7 @@ def sniff(path: str) -> Kind:
     kind = kind_of(head, facts.st_size)
     if kind is None:
         looks = next((f" (it looks like {what})" for magic, what in _KNOWN if head.startswith(magic)), "")
-        raise InvalidInput(f"{path} is not a DICOM file or a PNG or JPEG picture{looks}")
+        raise InvalidInput(f"{path} is not a DICOM file or a PNG, JPEG or TIFF picture{looks}")
     return kind
 
 
@@ -63,7 +62,7 @@ def kind_of(head: bytes, size: int) -> Kind | None:
     """Return the kind of a file of `size` bytes that starts with `head` (132 bytes or all of it), None if unknown."""
     if head[128:132] == b"DICM":
         return "dicom"
-    if head.startswith((PNG_START, JPEG_START)):
+    if head.startswith((PNG_START, JPEG_START, *TIFF_STARTS)):
         return "picture"
     if head[:4] == b"DICM":
         return "bare-dicom"

@@ -1,12 +1,12 @@
-"""Volume files: NIfTI (.nii, .nii.gz) and NRRD (.nrrd), read slice by slice within limits.
+"""Volume files: NIfTI (.nii, .nii.gz), NRRD (.nrrd), MetaImage (.mha, .mhd), read slice by slice within limits.
 
     with open_volume("scan.nii.gz") as volume:
         scan = volume.read(volume.count // 2)
 
 A volume is turned, not resampled, so that its slices lie as DICOM slices of that plane are shown: axial seen from the
 feet, coronal from the front, sagittal from the left. Slices are those across the axis with much the largest distance
-between voxels, else the axial ones. A gzip stream is unpacked once to a private temporary file, counted while it is;
-one slice is in memory at a time. No child process: nothing is decoded but gzip, and a header has some hundred bytes.
+between voxels, else the axial ones. A gzip or zlib stream is unpacked once to a private temporary file, counted while
+it is; one slice is in memory at a time. No child process: nothing is decoded but those, and a header is short.
 
 Values have no window of their own: HU (a file that holds air, -800 or lower, is taken for CT) gets 40, 400, everything
 else its 1st to 99th percentile over nine slices. Does not cover time series, colour volumes, complex numbers, NRRD with
@@ -31,13 +31,17 @@ import numpy.typing as npt
 from edgemed.core import Scan, Window
 from edgemed.dicom.geometry_verdict import Place, Triple, Verdict, judge
 from edgemed.dicom.limits import DEFAULT_LIMITS, Limits
+from edgemed.dicom.metaimage import START as META_START
+from edgemed.dicom.metaimage import read_meta
 from edgemed.dicom.voi import parse_window
 from edgemed.errors import CannotRead, CannotWrite, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom
 
-ENDINGS = (".nii", ".nii.gz", ".nrrd")
+ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 HU_WINDOW = Window(40, 400)
 
 _AIR_HU = -800
+_FAR_MM = 1e9
+"""No number of an affine is as large; those that are would overflow in what is computed from them."""
 _THICK = 1.5
 """An axis whose voxels are this many times longer than the others' is the one that was scanned slice by slice."""
 _CHUNK = 1 << 20
@@ -66,11 +70,12 @@ class _Header:
 class Volume:
     """One opened volume; slices count from 0 in the direction of the patient's left, back or head.
 
-    modality: "CT" or "OT". plane: of the slices. places: one for each slice. notes: what was assumed.
+    modality: "CT" or "OT". plane: of the slices. places: one for each slice. notes: what was assumed. data_path: the
+    file that holds the voxels, which may lie beside the one with the header (.mhd).
     """
 
-    def __init__(self, path: str, raw: str, header: _Header) -> None:
-        self.path = path
+    def __init__(self, path: str, raw: str, header: _Header, data_path: str) -> None:
+        self.path, self.data_path = path, data_path
         self._raw, self._header = raw, header
         data, affine = self._turned()
         columns, rows, self.count = data.shape
@@ -84,7 +89,7 @@ class Volume:
         if self.modality == "CT":
             self._window = HU_WINDOW
         else:
-            bottom, top = np.percentile(finite, (1, 99)) if finite.size else (0.0, 1.0)
+            bottom, top = np.percentile(finite.astype(np.float64), (1, 99)) if finite.size else (0.0, 1.0)
             self._window = Window(float(bottom + top) / 2, max(float(top - bottom), 1e-6))
 
     @property
@@ -111,7 +116,8 @@ class Volume:
     def _values(self, index: int) -> npt.NDArray[np.float32]:
         """Return the values of a slice, [columns, rows]."""
         stored = self._turned()[0][:, :, index]
-        return np.asarray(stored.astype(np.float64) * self._header.slope + self._header.intercept, np.float32)
+        with np.errstate(all="ignore"):  # what is no number of 32 bits is one that `read` makes 0
+            return np.asarray(stored.astype(np.float64) * self._header.slope + self._header.intercept, np.float32)
 
     def _turned(self) -> tuple[Array, npt.NDArray[np.float64]]:
         """Return (voxels as [columns, rows, slices], affine), mapped anew: no page stays longer than its slice."""
@@ -135,7 +141,8 @@ def open_volume(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -
     name = os.fspath(path)
     with tempfile.TemporaryDirectory(prefix="edgemed-") as folder:
         try:
-            volume = _open(name, folder, limits)
+            with np.errstate(all="ignore"):  # of numbers without bounds in a header; `_check` looks at what comes out
+                volume = _open(name, folder, limits)
         except (CannotRead, CannotWrite, InvalidInput, NoInput, ResourceLimit, UnsupportedDicom) as error:
             raise type(error)(f"{name}: {error}") from None
         except OSError as error:
@@ -148,16 +155,21 @@ def _open(name: str, folder: str, limits: Limits) -> Volume:
         packed = os.fstat(file.fileno()).st_size
         if packed == 0:
             raise NoInput("the file is empty; a volume was expected")
-        header, stream = _read_header(file)
-        _check(header, limits)
-        raw = name
-        needed = header.offset + math.prod(header.shape) * header.dtype.itemsize
-        if header.gzipped:
-            raw = os.path.join(folder, "volume")
-            _inflate(stream, raw, needed, packed, limits)
+        meta = file.read(len(META_START)) == META_START
+        file.seek(0)
+        header, stream, data = _meta(file, name) if meta else (*_read_header(file), name)
+        with stream:
+            if data != name:
+                packed = os.path.getsize(data)
+            _check(header, limits)
+            raw = data
+            needed = header.offset + math.prod(header.shape) * header.dtype.itemsize
+            if header.gzipped:
+                raw = os.path.join(folder, "volume")
+                _inflate(stream, raw, needed, packed, limits)
     if os.path.getsize(raw) < needed:
         raise CannotRead(f"the file is truncated: {needed} bytes were expected")
-    return Volume(name, raw, header)
+    return Volume(name, raw, header, data)
 
 
 def _check(header: _Header, limits: Limits) -> None:
@@ -169,8 +181,8 @@ def _check(header: _Header, limits: Limits) -> None:
         raise ResourceLimit(f"a slice has more than {limits.max_pixels} pixels")
     if math.prod(header.shape) * header.dtype.itemsize > limits.max_declared_bytes:
         raise ResourceLimit(f"the volume has more than {limits.max_declared_bytes >> 30} GiB")
-    if not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine)) < 1e-12:
-        raise InvalidInput("the affine of the volume is none: its axes do not span space")
+    if not (np.abs(header.affine) < _FAR_MM).all() or abs(np.linalg.det(header.affine)) < 1e-12:
+        raise InvalidInput("the affine of the volume is none: its axes do not span space, or lead out of it")
 
 
 def _inflate(stream: BinaryIO, target: str, needed: int, packed: int, limits: Limits) -> None:
@@ -218,7 +230,7 @@ def _nifti(start: bytes) -> _Header:
     sizes = (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big"))
     size = next((n for n in sizes if n in _NIFTI), 0)
     if size == 0 or len(start) < size:
-        raise InvalidInput("it is neither a NIfTI nor an NRRD volume")
+        raise InvalidInput("it is no NIfTI, NRRD or MetaImage volume")
     name, length = _NIFTI[size]
     try:
         header = getattr(nibabel, name)(start[:length], check=False)
@@ -285,6 +297,46 @@ def _nrrd(file: BinaryIO) -> tuple[_Header, BinaryIO]:
     offset = 0 if gzipped else file.tell()
     header = _Header(_three(shape), np.dtype(kind), offset, affine, gzipped=gzipped)
     return header, (gzip.GzipFile(fileobj=file) if gzipped else file)  # type: ignore[return-value]
+
+
+def _meta(file: BinaryIO, name: str) -> tuple[_Header, BinaryIO, str]:
+    """Return the header of a MetaImage, the stream of its data, and the file that this is in."""
+    told = read_meta(file)
+    data, offset = name, told.offset
+    shape = _three(told.shape)
+    stream = file
+    if told.data_file:
+        data = os.path.join(os.path.dirname(name), told.data_file)
+        if os.path.islink(data) or not os.path.isfile(data):
+            raise CannotRead("the file with the voxels, which the header names, is not beside it")
+        stream = open(data, "rb")  # noqa: SIM115 (closed in _open)
+    if offset < 0:
+        offset = max(os.path.getsize(data) - math.prod(shape) * told.dtype.itemsize, 0)
+    if not told.compressed:
+        return _Header(shape, told.dtype, offset, told.affine), stream, data
+    return _Header(shape, told.dtype, 0, told.affine, gzipped=True), _Deflated(stream), data  # type: ignore[return-value]
+
+
+class _Deflated:
+    """What a zlib or gzip stream holds, from where a file is, never more at a time than is asked for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._stream = file, zlib.decompressobj(zlib.MAX_WBITS + 32)
+
+    def __enter__(self) -> _Deflated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        while not self._stream.eof:
+            packed = self._stream.unconsumed_tail or self._file.read(1 << 16)
+            if not packed:
+                raise EOFError
+            if part := self._stream.decompress(packed, size):
+                return part
+        return b""
 
 
 class _Lines:

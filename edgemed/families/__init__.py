@@ -57,7 +57,7 @@ class Question:
     keep_hidden: where one of these ids goes in, the decoder's hidden state is kept for the mask decoder; None: at every
     position. Without prompt ids nothing is decoded: the mask decoder alone answers. drafter: guesses at the answer,
     which make it faster and change nothing else. written_ids: the prompt as the family's own code writes it, where
-    that has other ids for images and regions.
+    that has other ids for images and regions. numbers: ids of coordinates -> the number each writes.
     """
 
     prompt_ids: Sequence[int]
@@ -67,11 +67,12 @@ class Question:
     keep_hidden: frozenset[int] | None = frozenset()
     drafter: Drafter | None = None
     written_ids: Sequence[int] | None = None
+    numbers: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """What the decoder wrote: ids without the end token, their log-probabilities, and hidden states.
+    """What the decoder wrote: ids without the end token, their log-probabilities, hidden states, spreads of numbers.
 
     hidden[i] is the state where ids[i] went in, so that it predicts ids[i + 1]; hidden[-1] is that of the prompt's last
     token.
@@ -81,6 +82,7 @@ class Written:
     log_probs: Sequence[float]
     hidden: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     ended: bool = True
+    spreads: Sequence[float | None] = ()
 
 
 @dataclass(frozen=True, eq=False)

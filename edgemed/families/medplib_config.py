@@ -178,7 +178,7 @@ def _tower_file(folder: Path, config: Mapping[str, Any], file_name: str) -> dict
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CannotRead(f"{name}/{file_name} of the CLIP tower cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{name}/{file_name} of the CLIP tower is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise InvalidInput(f"{name}/{file_name} of the CLIP tower holds no object with keys")

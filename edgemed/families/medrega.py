@@ -19,9 +19,10 @@ from typing import cast, get_args
 import numpy as np
 import numpy.typing as npt
 
+from edgemed.box_confidence import raw_score
 from edgemed.box_grammar import FreeGrammar
 from edgemed.bundle import Bundle
-from edgemed.core import Answer, Box, Finding, Language, Prompt, PromptRegion, Region, Scan
+from edgemed.core import Answer, Box, Finding, Language, Prompt, PromptRegion, Region, Scan, Side, Sides
 from edgemed.drafts import Guess, PhraseDrafts
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families import Prepared, Question, Reading, Written, check_settings, chosen, mean_direction
@@ -39,8 +40,9 @@ from edgemed.families.medrega_text import (
     place_text,
     plain,
 )
-from edgemed.families.medrega_view import MedRegaView, box_to_numbers, numbers_to_box
+from edgemed.families.medrega_view import MedRegaView, box_to_numbers, number_px, numbers_to_box
 from edgemed.families.published_family import PublishedFamily, setting
+from edgemed.families.text_box_sides import WrittenNumber, digits_of, sides_of, written_numbers
 from edgemed.geometry import box_of, check_region
 from edgemed.graphs import Feeds
 from edgemed.text_box_grammar import KnownPlace, TextBoxGrammar, TextBoxState, TextBoxTokens, text_bytes
@@ -109,10 +111,19 @@ class MedRega(PublishedFamily):
     def _grammar(self) -> TextBoxGrammar:
         """The grammar of every answer: 0.1 s to learn how the tokenizer spells boxes."""
         ref, ref_end, box, box_end = map(self._tokens.id_of, ("<ref>", "</ref>", "<box>", "</box>"))
-        reserved = {token.id for token in self._tokens.added}
-        texts = text_bytes(self._tokens.decode_verbatim, self._tokens.vocabulary, reserved)
         tokens = TextBoxTokens(ref, ref_end, box, box_end, self._text.stop_id)
-        return TextBoxGrammar(tokens, self._tokens.encode, texts, self._vocabulary)
+        return TextBoxGrammar(tokens, self._tokens.encode, self._texts, self._vocabulary)
+
+    @cached_property
+    def _texts(self) -> tuple[bytes, ...]:
+        """The text of each token."""
+        reserved = {token.id for token in self._tokens.added}
+        return text_bytes(self._tokens.decode_verbatim, self._tokens.vocabulary, reserved)
+
+    @cached_property
+    def _digits(self) -> dict[int, float]:
+        """Token id -> digit."""
+        return digits_of(self._texts)
 
     def lead_in(self, prompt: Prompt) -> Prompt | None:
         """Return the question for the regions that matter, if the chain of thought is on."""
@@ -187,7 +198,10 @@ class MedRega(PublishedFamily):
                 ids[at] = self._vocabulary + row
                 row += 1
         if not constrained:
-            return Question(ids, {"image_tokens": rows}, self._free, self._text.stop_id, written_ids=written)
+            free = self._free
+            return Question(
+                ids, {"image_tokens": rows}, free, self._text.stop_id, written_ids=written, numbers=self._digits
+            )
         said = [question]
         for (user, _), turn in zip(reversed(history), reversed(prompt.history), strict=True):
             said += [turn.tagged_text, user]
@@ -195,7 +209,9 @@ class MedRega(PublishedFamily):
         grammar = self._grammar.knowing(self._known_places(said)) if named else self._grammar.without_places()
         drafter = Drafts(grammar, PhraseDrafts([self._tokens.encode(text, bos=False) for text in said]))
         stop = self._text.stop_id
-        return Question(ids, {"image_tokens": rows}, grammar, stop, drafter=drafter, written_ids=written)
+        return Question(
+            ids, {"image_tokens": rows}, grammar, stop, drafter=drafter, written_ids=written, numbers=self._digits
+        )
 
     def _may_name_places(self, prompt: Prompt, images: int) -> bool:
         """Return whether the task lets an answer have places; where only the owner's words say the task, it does."""
@@ -325,19 +341,33 @@ class MedRega(PublishedFamily):
         unnamed = "区域" if prompt.language == "zh" else "region"
         regions: list[Region] = []
         findings: list[Finding] = []
+        tags = (self._tokens.id_of("<box>"), self._tokens.id_of("</box>"))
+        said, next_number = written_numbers(written, self._texts, *tags), 0
         for item in grounded_items(tagged):
             first = len(regions)
             for place in item.places:
                 for numbers in place.boxes:
+                    sides, next_number = sides_of(numbers, said, next_number)
                     try:
                         box = numbers_to_box(numbers, scans[0].rows, scans[0].columns, padded=self._view.pad_to_square)
                     except InvalidInput:  # wholly in the padding
                         notes.append(f"{list(numbers)} lies outside the scan; it stays in the text")
                         continue
-                    regions.append(Region(place.name or unnamed, box, prompt.frame))
+                    sure = None if sides is None else self._sides(sides, scans[0])
+                    score = None if sure is None else raw_score(sure)
+                    regions.append(Region(place.name or unnamed, box, prompt.frame, score=score, sides=sure))
             if item.text and len(regions) > first:
                 findings.append(Finding(item.text, tuple(range(first, len(regions)))))
         return Reading(shown, tagged, tuple(regions), tuple(notes), meant, tuple(findings))
+
+    def _sides(self, numbers: Sequence[WrittenNumber], scan: Scan) -> Sides:
+        """Return four numbers as the sides of a box of a scan."""
+        width, height = number_px(scan.rows, scan.columns, padded=self._view.pad_to_square)
+        x0, y0, x1, y1 = (
+            Side(n.probability, None if n.spread is None else n.spread * px)
+            for n, px in zip(numbers, (width, height, width, height), strict=True)
+        )
+        return (x0, y0, x1, y1)
 
 
 def _box(region: PromptRegion) -> Box:

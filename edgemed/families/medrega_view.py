@@ -130,6 +130,12 @@ def numbers_to_box(numbers: NormBox, rows: int, columns: int, *, padded: bool = 
     return box
 
 
+def number_px(rows: int, columns: int, *, padded: bool = False) -> tuple[float, float]:
+    """Return how many scan pixels 1 of such a number is, (across, down)."""
+    width, height, _, _ = _frame(rows, columns, padded)
+    return (width / BOX_SCALE, height / BOX_SCALE)
+
+
 def box_to_numbers(box_scan_px: Box, rows: int, columns: int, *, padded: bool = False) -> NormBox:
     """Return the box as four numbers 0..999, rounded to the nearest and clipped; x0 < x1 and y0 < y1 always hold.
 

@@ -8,16 +8,17 @@ lie beside it: `native_view` (crop and picture), `native_regions` (region maps),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgemed.box_confidence import confidence_of, raw_score
 from edgemed.box_grammar import BoxGrammar, BoxTokens, FreeGrammar, Grammar
 from edgemed.bundle import Bundle
-from edgemed.core import Box, Language, Prompt, PromptRegion, Region, Scan
+from edgemed.core import Box, Language, Prompt, PromptRegion, Region, Scan, Side, Sides
 from edgemed.errors import BundleError, InvalidInput
 from edgemed.families import (
     Prepared,
@@ -129,6 +130,7 @@ class Native(SingleQuestions):
         self._names = [
             tuple(self._text.encode_name(name) for name in (term.en[0], term.zh[0])) for term in STRUCTURES[:structures]
         ]
+        self._confidence = confidence_of(bundle.manifest.settings)
         self._notice: Mapping[Language, str] = {**NOTICE, **bundle.manifest.settings.get("notice", {})}
 
     def graphs(self) -> Mapping[str, GraphSpec]:
@@ -180,7 +182,11 @@ class Native(SingleQuestions):
             known = self._boxes(projected, bins)
             grammar = self._grammars[language].knowing(known, self._contradicted(prompt, projected))
         drafter = self._drafts(prompt, prepared.state, projected)
-        return Question(ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}), drafter)
+        first = self._ids.first_coordinate
+        return Question(
+            ids, {"image_tokens": rows}, grammar, self._ids.eos, frozenset({self._ids.seg}), drafter,
+            numbers={first + k: k for k in range(self._ids.bins)},
+        )  # fmt: skip
 
     def _drafts(self, prompt: Prompt, view: View, projected: Feeds) -> NativeDrafts:
         """Return guesses at the answer: what the question names first, then what is visible, largest first."""
@@ -320,25 +326,47 @@ class Native(SingleQuestions):
             box = box_of(mask)
         if box is None:
             return f"{name!r} is left out: its box is missing, malformed or outside the scan"
-        return Region(name, box, prompt.frame, mask, self._score(spot, projected, written), _share(iou))
+        mine = users is not None or spot.place.bins in {region_bins(region, view) for region in prompt.regions}
+        sides = None if mine else self._sides(spot, view, projected, written)
+        score = self._name_score(spot, written) if mine else self._score(sides)
+        return Region(name, box, prompt.frame, mask, score, _share(iou), sides)
 
-    def _score(self, spot: _Spot, projected: Feeds, written: Written) -> float | None:
-        """Return 0..1: the geometric mean of what is known of a place, or None.
+    def _sides(self, spot: _Spot, view: View, projected: Feeds, written: Written) -> Sides | None:
+        """Return how sure each side of a written box is, or None without a box.
 
-        Its parts are the mean probability of the name's tokens and of the four coordinates as they were chosen, and the
-        projector's probability that the structure is in the image.
+        Where the box is the one that the projector proposes for that structure, its distributions say it: the grammar
+        left the language model no choice. Else the language model's own do.
         """
-        if spot.box_at is None:
+        bins, structure = spot.place.bins, structure_of(spot.place.name)
+        if bins is None or spot.box_at is None:
             return None
+        across, down = 1 / view.scale_x, 1 / view.scale_y  # scan pixels of a model pixel
+        scales = (across, down, across, down)
+        known = structure is not None and structure < len(projected["presence"]) and "side_spread" in projected
+        if known and box_to_bins(_box_of(projected["boxes"][structure]), SIDE) == bins:
+            sure = zip(projected["side_probability"][structure], projected["side_spread"][structure], strict=True)
+            return _four(Side(_clipped(p), float(s) * px) for (p, s), px in zip(sure, scales, strict=True))
+        at = range(spot.box_at + 1, spot.box_at + 5)
+        spreads = [written.spreads[i] if i < len(written.spreads) else None for i in at]
+        return _four(
+            Side(_mean_probability(written.log_probs[i : i + 1]), None if s is None else s * (SIDE / BINS) * px)
+            for i, s, px in zip(at, spreads, scales, strict=True)
+        )
+
+    def _score(self, sides: Sides | None) -> float | None:
+        """Return the probability that a box is right if the bundle can tell, else what its sides say by themselves."""
+        if sides is None:
+            return None
+        raw = raw_score(sides)
+        return raw if self._confidence is None else self._confidence.of(raw)
+
+    def _name_score(self, spot: _Spot, written: Written) -> float | None:
+        """Return the mean probability of the tokens that name a place the user pointed at, or None without a name."""
         at = spot.box_at
-        parts = [_mean_probability(written.log_probs[at + 1 : at + 5])]
-        if at and written.ids[at - 1] == self._ids.ref_end:
-            start = max((i for i in range(at) if written.ids[i] == self._ids.ref), default=at - 1)
-            parts.append(_mean_probability(written.log_probs[start + 1 : at - 1]))
-        structure = structure_of(spot.place.name)
-        if structure is not None and structure < len(projected["presence"]):
-            parts.append(float(projected["presence"][structure]))
-        return _share(math.prod(parts) ** (1 / len(parts)))
+        if not at or written.ids[at - 1] != self._ids.ref_end:
+            return None
+        start = max((i for i in range(at) if written.ids[i] == self._ids.ref), default=at - 1)
+        return _share(_mean_probability(written.log_probs[start + 1 : at - 1]))
 
 
 def _named(spec: GraphSpec) -> str:
@@ -363,6 +391,16 @@ def _box_tokens(text: NativeText, barred: tuple[int, ...] = ()) -> BoxTokens:
 
 def _box_of(values: Vector) -> Box:
     return (float(values[0]), float(values[1]), float(values[2]), float(values[3]))
+
+
+def _four(sides: Iterable[Side]) -> Sides:
+    x0, y0, x1, y1 = sides
+    return (x0, y0, x1, y1)
+
+
+def _clipped(value: float) -> float:
+    """Return a probability as the graph gave it, 0 where it is not a number."""
+    return min(max(float(value), 0.0), 1.0) if value == value else 0.0
 
 
 def _area(bins: Bins) -> int:

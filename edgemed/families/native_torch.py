@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from edgemed.box_confidence import SETTING, confidence_of
 from edgemed.checkpoints import Checkpoint
-from edgemed.errors import CannotRead, InvalidInput
+from edgemed.errors import CannotRead, EdgemedError, InvalidInput
 from edgemed.families.native import TOKENIZER
 from edgemed.families.published_torch import Piece, Published, PublishedTensors
 from edgemed.families.specs import decoder_spec
@@ -34,6 +35,9 @@ MAX_REGIONS = 16
 MAX_PROMPTS = 24
 MAX_POINTS = 16
 CACHE = 1024
+
+CONFIDENCE, CONFIDENCE_PLOT = "confidence.json", "confidence.png"
+"""What `edgemed eval confidence` writes: how true the scores of boxes are, and the fit that makes them so."""
 
 DEMONSTRATION = {
     "en": "Demonstration model, trained on few public images (mostly one abdominal CT; see the model card). "
@@ -137,6 +141,8 @@ def native_specs(model: NativeModel, cache: int = CACHE) -> dict[str, GraphSpec]
                 t("presence", f, (structures,)),
                 t("boxes", f, (structures, 4)),
                 t("structure_maps", f, (structures, GRID, GRID)),
+                t("side_probability", f, (structures, 4)),
+                t("side_spread", f, (structures, 4)),
             ),
             {"regions": DimRange(1, 1, MAX_REGIONS)},
         ),
@@ -180,7 +186,7 @@ def describe(checkpoint: Checkpoint, cache: int | None = None) -> Published:
         family=FAMILY,
         specs=native_specs(model, cache or CACHE),
         files={TOKENIZER: _read_bytes(checkpoint.folder / "tokenizer.json")},
-        settings={"notice": DEMONSTRATION},
+        settings=settings_of(checkpoint.folder),
         notes=(),
         modules=dict(model.named_children()),
         tensors=tensors,
@@ -189,13 +195,33 @@ def describe(checkpoint: Checkpoint, cache: int | None = None) -> Published:
     )
 
 
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return the settings that a bundle of a checkpoint has. Raises what `read_confidence` raises."""
+    found = read_confidence(folder)
+    fitted = {} if found is None else {SETTING: {name: found[name] for name in ("slope", "offset")}}
+    return {"notice": DEMONSTRATION, **fitted}
+
+
+def read_confidence(folder: Path) -> dict[str, Any] | None:
+    """Return what `edgemed eval confidence` wrote beside the weights, or None. Raises InvalidInput if it is damaged."""
+    path = folder / CONFIDENCE
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        confidence_of({SETTING: found})
+    except (OSError, ValueError, RecursionError, AttributeError, EdgemedError) as error:
+        raise InvalidInput(f"checkpoint {folder}: {CONFIDENCE} is not what `edgemed eval confidence` writes") from error
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return `config.json` of a checkpoint folder. Raises CannotRead or InvalidInput."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise CannotRead(f"checkpoint {folder}: config.json cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InvalidInput(f"checkpoint {folder}: config.json is not JSON: {error}") from error
     if config.get("family") != FAMILY:
         raise InvalidInput(f"checkpoint {folder} is of family {config.get('family')!r}, {FAMILY!r} was expected")

@@ -193,7 +193,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CannotRead(f"{path.name} of the checkpoint is not a JSON file: {error}") from error
     if not isinstance(value, dict):
         raise BundleError(f"{path.name} holds a {type(value).__name__}, a JSON object was expected")

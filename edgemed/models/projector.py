@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgemed.models.structure_head import StructureConfig, StructureHead, StructureOutput
+from edgemed.models.structure_head import (
+    StructureConfig,
+    StructureHead,
+    StructureOutput,
+    boxes_from_edges,
+    sides_from_edges,
+)
 from edgemed.models.tiny_vit import CHANNELS, GRID, SIDE
 
 POOLED = 8
@@ -151,17 +157,20 @@ class Projector(nn.Module):
         named = torch.cat([name, sides], dim=2).reshape(batch, 5 * PROPOSALS, -1)
         return torch.cat([kind, part, grid, named], dim=1)
 
-    def forward(self, image_features: Tensor, region_maps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, image_features: Tensor, region_maps: Tensor) -> tuple[Tensor, ...]:
         """Return what the graph gives for one picture.
 
         (image_tokens [186, width], region_tokens [regions, width], presence [structures], boxes [structures, 4] in
-        model pixels, structure_maps [structures, 64, 64] probabilities)
+        model pixels, structure_maps [structures, 64, 64] probabilities, side_probability and side_spread
+        [structures, 4], see `sides_from_edges`)
         """
         output = self.head(image_features)
         pooled = pool_pictures(image_features)
-        boxes = self.head.all_boxes(output.maps)
+        edges = self.head.all_edges(output.maps)
+        boxes = boxes_from_edges(edges)
+        probability, spread = sides_from_edges(edges)
         proposals = self.propose(output, boxes)
         rows = self.rows(output.modality.softmax(1), output.body_part.softmax(1), pooled, proposals, self.coordinates)
         regions = self.region_rows(pool_regions(image_features, output.maps, region_maps))
         presence = self.calibrated(output.presence)[0]
-        return rows[0], regions, presence, boxes[0], output.maps[0].sigmoid()
+        return rows[0], regions, presence, boxes[0], output.maps[0].sigmoid(), probability[0], spread[0]

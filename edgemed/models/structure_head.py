@@ -147,12 +147,15 @@ class StructureHead(nn.Module):
         ends = self.edge(rows).float().view(-1, 2, 2, _SUB_BINS, GRID)  # [n, axis, start or end, sub-bin, cell]
         return ends.transpose(3, 4).reshape(-1, 2, 2, SIDE).transpose(1, 2).reshape(-1, 4, SIDE)
 
-    def all_boxes(self, maps: Tensor) -> Tensor:
-        """Return boxes [batch, structures, 4] in model pixels from map logits [batch, structures, 64, 64]."""
+    def all_edges(self, maps: Tensor) -> Tensor:
+        """Return edge logits [batch, structures, 4, 256] from map logits [batch, structures, 64, 64]."""
         batch, structures = maps.shape[:2]
         which = torch.arange(structures, device=maps.device).expand(batch, structures).reshape(-1)
-        edges = self.edges(maps.reshape(batch * structures, GRID, GRID), which)
-        return boxes_from_edges(edges).view(batch, structures, 4)
+        return self.edges(maps.reshape(batch * structures, GRID, GRID), which).view(batch, structures, 4, SIDE)
+
+    def all_boxes(self, maps: Tensor) -> Tensor:
+        """Return boxes [batch, structures, 4] in model pixels from map logits [batch, structures, 64, 64]."""
+        return boxes_from_edges(self.all_edges(maps))
 
     def _presence(self, maps: Tensor, picture: Tensor) -> Tensor:
         patch = F.avg_pool2d(maps, 4).flatten(2)  # a 4 x 4 neighbourhood: 16 x 16 model pixels
@@ -168,13 +171,29 @@ def boxes_from_edges(edges: Tensor) -> Tensor:
 
     Each side is the mean near its peak; opposite sides are at least 2 px apart.
     """
-    peak = edges.argmax(-1, keepdim=True)
     at = torch.arange(SIDE, device=edges.device, dtype=edges.dtype)
-    near = ((at - peak).abs() <= 4).to(edges.dtype)
-    weights = edges.softmax(-1) * near
+    weights = edges.softmax(-1) * _near_peak(edges, at)
     mean = (weights * at).sum(-1) / weights.sum(-1).clamp_min(1e-6)
     # Bin i of a start is pixel i's outer side, of an end pixel i's far side.
     start, end = mean[..., :2], mean[..., 2:] + 1
     return torch.cat(
         [torch.minimum(start, end - 2).clamp(0, SIDE - 2), torch.maximum(end, start + 2).clamp(2, SIDE)], -1
     )
+
+
+def sides_from_edges(edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how sure each side is from edge logits [..., 4, 256]: (probability [..., 4], spread [..., 4]).
+
+    probability: that the side lies within 4 model pixels of the peak that the box is read from. spread: the standard
+    deviation of the whole distribution, in model pixels.
+    """
+    at = torch.arange(SIDE, device=edges.device, dtype=edges.dtype)
+    weights = edges.softmax(-1)
+    mean = (weights * at).sum(-1, keepdim=True)
+    spread = (weights * (at - mean) ** 2).sum(-1).clamp_min(0).sqrt()
+    return (weights * _near_peak(edges, at)).sum(-1), spread
+
+
+def _near_peak(edges: Tensor, at: Tensor) -> Tensor:
+    """Return 1 where a bin is at most 4 from the largest of its side, else 0."""
+    return ((at - edges.argmax(-1, keepdim=True)).abs() <= 4).to(edges.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemed.core import Answer, Mask, Prompt, PromptRegion, Provenance, Region, Scan, Window
+from edgemed.core import Answer, Mask, Prompt, PromptRegion, Provenance, Region, Scan, Side, Window
 from edgemed.errors import InvalidInput
 from edgemed.report.rle import to_rle
 
@@ -149,7 +149,13 @@ def _region(region: Region, scan: Scan) -> dict[str, Any]:
         "box_px": [_rounded(v, 2) for v in region.box],
         "score": _rounded(region.score, 4),
         "mask": mask,
+        "sides": None if region.sides is None else [_side(side) for side in region.sides],
+        "uncertain": region.uncertain,
     }
+
+
+def _side(side: Side) -> dict[str, Any]:
+    return {"probability": _rounded(side.probability, 4), "spread_px": _rounded(side.spread_px, 2)}
 
 
 def _mask(mask: Mask, scan: Scan) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def _to_seg(part: Group, masked: Sequence[Finding], language: Language, options:
             content_label="AI_RESULT",
             content_description=long_string(WARNING[language]),
             content_creator_name=CREATOR,
-            **common(part, "seg", language, options),
+            **_planes(part),
+            **common(part, "seg", language, options, *(["resampled"] if part.resampled else [])),
         )
     made.ContentQualification = "RESEARCH"
     if not part.has_frame_of_reference:
@@ -80,13 +81,37 @@ def _to_seg(part: Group, masked: Sequence[Finding], language: Language, options:
     return made
 
 
+def _planes(part: Group) -> dict[str, Any]:
+    """Return where frames lie that are not on the planes of source images."""
+    if not part.resampled:
+        return {}
+    from highdicom import PixelMeasuresSequence, PlaneOrientationSequence, PlanePositionSequence
+
+    plane, apart = part.first.plane, part.first.thickness_mm
+    assert plane is not None
+    assert part.first.spacing_mm is not None
+    assert apart is not None
+    return {
+        "plane_positions": [
+            PlanePositionSequence("PATIENT", image.plane.position.tolist())
+            for image in part.images
+            if image.plane is not None
+        ],
+        "plane_orientation": PlaneOrientationSequence("PATIENT", [*plane.along_row, *plane.down_column]),
+        "pixel_measures": PixelMeasuresSequence(part.first.spacing_mm, apart, apart),
+    }
+
+
 def _thick(part: Group, options: ResultOptions) -> list[Dataset]:
     """Return the sources, with a slice thickness where they have none: a SEG with a spacing must name one."""
     sources = plain_sources(part)
     spacing = part.first.spacing_mm
-    if part.first.thickness_mm is not None or spacing is None:
+    single = part.resampled and not part.is_multiframe
+    told = part.first.dicom.get("SliceThickness") if single else part.first.thickness_mm
+    if told is not None or spacing is None:
         return sources
-    options.tell("the images have no SliceThickness; the SEG, which must name one, has the width of a pixel there")
+    if not part.resampled:
+        options.tell("the images have no SliceThickness; the SEG, which must name one, has the width of a pixel there")
     sources = copy.deepcopy(sources)
     for source in sources:
         shared = source.get("SharedFunctionalGroupsSequence")
@@ -109,7 +134,7 @@ def _pixels(group: Group, masked: Sequence[Finding]) -> npt.NDArray[Any]:
     Frames are those of the source: each analysed file, or each frame of the one multi-frame file.
     """
     first = group.first
-    whole = group.is_multiframe and group.has_frame_of_reference
+    whole = group.is_multiframe and group.has_frame_of_reference and not group.resampled
     frames = int(group.header.NumberOfFrames) if whole else len(group.images)
     place = {image: image.frame if whole else i for i, image in enumerate(group.images)}
     labels = np.zeros((frames, first.rows, first.columns), np.uint8 if len(masked) < 256 else np.uint16)

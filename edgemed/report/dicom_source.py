@@ -122,9 +122,13 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The analysed images of a series that share size and orientation, one at each place; or the frames of one file."""
+    """The analysed images of a series that share size and orientation, one at each place; or the frames of one file.
+
+    resampled: the images lie between those that were analysed, and each stands for the nearest.
+    """
 
     images: tuple[Image, ...]
+    resampled: bool = False
 
     @property
     def first(self) -> Image:

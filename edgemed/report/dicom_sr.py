@@ -30,7 +30,7 @@ from edgemed.report.dicom_object import (
     warning_of,
 )
 from edgemed.report.dicom_source import Group, Image, quiet
-from edgemed.report.findings import Finding, sizes_of
+from edgemed.report.findings import Finding, certainty_of, sizes_of
 from edgemed.report.words import printable
 from edgemed.terminology import CATEGORIES, Code, Concept
 
@@ -61,6 +61,9 @@ MEASURES = {
     "long_axis_mm": (Code("103339001", "Long axis"), Code("mm", "mm", "UCUM")),
     "short_axis_mm": (Code("103340004", "Short axis"), Code("mm", "mm", "UCUM")),
 }
+
+CERTAINTY = (Code("111012", "Certainty of Finding", "DCM"), Code("%", "percent", "UCUM"))
+"""The score of a region; PS3.16 CID 6011 has it beside a finding of computer-aided detection."""
 
 
 def to_sr(
@@ -157,7 +160,7 @@ def _items(
 ) -> Iterator[Any]:
     """Yield the groups of one finding under one tracking UID: masks as a segment (TID 1411), boxes (TID 1410 or 1411).
 
-    The sizes are with the masks; with the boxes where there is no segmentation.
+    Sizes and certainty are with the masks; with the boxes where there is no segmentation.
     """
     from highdicom import sr
 
@@ -167,6 +170,8 @@ def _items(
         for keyword, (name, unit) in MEASURES.items()
         if (value := getattr(known, keyword)) is not None
     ]
+    if (certainty := certainty_of(finding)) is not None:
+        sizes.append(sr.Measurement(coded(CERTAINTY[0]), round(certainty, 1), coded(CERTAINTY[1])))
     shared = {
         "tracking_identifier": sr.TrackingIdentifier(
             tracking_uid(group, concept.key, options), long_string(concept.name(language))

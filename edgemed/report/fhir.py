@@ -15,8 +15,8 @@ from edgemed.core import Language
 from edgemed.errors import InvalidInput
 from edgemed.report.dicom_object import MAKER, Made, ResultOptions, device_uid, library, tracking_uid, warning_of
 from edgemed.report.dicom_source import Group, Image
-from edgemed.report.dicom_sr import LANGUAGES, MEASURES, outline, texts_of
-from edgemed.report.findings import Finding, sizes_of
+from edgemed.report.dicom_sr import CERTAINTY, LANGUAGES, MEASURES, outline, texts_of
+from edgemed.report.findings import Finding, certainty_of, sizes_of
 from edgemed.terminology import Code
 
 Release = Literal["R4B", "R5"]
@@ -105,6 +105,9 @@ def _resources(
             for keyword, (what, unit) in MEASURES.items()
             if (value := getattr(sizes, keyword)) is not None
         ]
+        if (certainty := certainty_of(finding)) is not None:
+            what, unit = CERTAINTY
+            components.append({"code": _concept(what), "valueQuantity": _quantity(certainty, unit)})
         yield {**observation, "component": components} if components else observation
         results.append(_reference(observation))
     report = {

@@ -56,6 +56,12 @@ class Finding:
         return np.asarray(np.logical_or.reduce(masks))
 
 
+def certainty_of(finding: Finding) -> float | None:
+    """Return the mean score of its places in percent, None where none has one."""
+    scores = [region.score for _, region in finding.places if region.score is not None]
+    return 100 * sum(scores) / len(scores) if scores else None
+
+
 def findings_of(group: Group) -> tuple[Finding, ...]:
     """Return the findings in the order in which the images show them first."""
     places: dict[str, list[tuple[Image, Region]]] = {}

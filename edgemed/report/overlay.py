@@ -37,7 +37,7 @@ from edgemed.report.style import (
     draw_point,
     line_height,
 )
-from edgemed.report.words import WORDS, area_of, printable, shorten, wrap
+from edgemed.report.words import WORDS, Words, area_of, printable, score_of, shorten, wrap
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,7 +116,7 @@ def marks_of(answer: Answer, scan: Scan, prompt: Prompt) -> list[Mark]:
         for r in prompt.regions
     ]
     here = [region for region in answer.regions if region.frame == prompt.frame]
-    found = [_mark(region, scan, i, words.score) for i, region in enumerate(here)]
+    found = [_mark(region, scan, i, words) for i, region in enumerate(here)]
     for mark in asked + found:
         if mark.mask is not None and mark.mask.shape != (scan.rows, scan.columns):
             raise InvalidInput(
@@ -125,9 +125,9 @@ def marks_of(answer: Answer, scan: Scan, prompt: Prompt) -> list[Mark]:
     return found + asked
 
 
-def _mark(region: Region, scan: Scan, index: int, score_word: str) -> Mark:
+def _mark(region: Region, scan: Scan, index: int, words: Words) -> Mark:
     label = " ".join(printable(region.label).split())
-    score = "" if region.score is None else f"{score_word} {region.score:.2f}"
+    score = f"{words.score} {score_of(region, words)}" if region.score is not None else ""
     details = " · ".join(part for part in (score, area_of(region, scan)) if part)
     name = f"{index + 1} {label}"
     return Mark(name, details, PALETTE[index % len(PALETTE)], region.box, region.mask, asked=False)

@@ -122,9 +122,10 @@ def _files(
         else:
             try:
                 for made in _objects(kind, group, findings, segs, language, options):
-                    if kind == "seg":
-                        segs.append(made)
                     yield f"{made.stem}.dcm", to_bytes(made.ds)
+                    if kind == "seg":
+                        made.ds.PixelData = b""  # the others refer to it, and its pixels are the largest thing here
+                        segs.append(made)
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 # highdicom's own checks; its texts may quote the header.
                 raise InvalidInput(
@@ -176,7 +177,7 @@ def _answers(group: Group, language: Language, options: ResultOptions) -> tuple[
         scan = options.read(image.file, image.frame)
         prompt = replace(options.prompt, frame=image.frame, language=language)
         for answer in image.answers:
-            found = to_json(answer, scan, prompt, path=str(image.file))
+            found = to_json(answer, scan, prompt, path=image.file.name)  # where it lies is gone after the job
             lines.append(json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n")
     return ("answer.json" if len(lines) == 1 else "answers.jsonl", "".join(lines).encode())
 

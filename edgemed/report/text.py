@@ -6,7 +6,7 @@ Plain characters without colour, so that it reads the same in a file or a pipe.
 from __future__ import annotations
 
 from edgemed.core import Answer, Prompt, Scan
-from edgemed.report.words import WORDS, area_of, cells, printable, shorten
+from edgemed.report.words import WORDS, area_of, cells, printable, score_of, shorten
 
 LABEL_CELLS = 32
 """Longest label the table shows in full, in terminal columns."""
@@ -34,7 +34,7 @@ def _table(answer: Answer, scan: Scan, prompt: Prompt) -> list[str]:
     for region in answer.regions:
         label = shorten(" ".join(printable(region.label).split()), LABEL_CELLS, cells)
         box = ", ".join(f"{v:.0f}" for v in region.box)
-        rows.append((label, box, "-" if region.score is None else f"{region.score:.2f}", area_of(region, scan) or "-"))
+        rows.append((label, box, score_of(region, words) or "-", area_of(region, scan) or "-"))
     widths = [max(cells(row[i]) for row in rows) for i in range(4)]
     return ["  ".join(_padded(row[i], widths[i], right=i >= 2) for i in range(4)).rstrip() for row in rows]
 

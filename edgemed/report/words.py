@@ -21,6 +21,7 @@ class Words:
     region: str
     box: str
     score: str
+    uncertain: str
     area: str
     asked: str
     kinds: dict[str, str]
@@ -38,6 +39,7 @@ WORDS: dict[Language, Words] = {
         region="region",
         box="box (px)",
         score="score",
+        uncertain="uncertain",
         area="area",
         asked="asked about",
         kinds={"box": "box", "point": "point", "mask": "mask"},
@@ -53,6 +55,7 @@ WORDS: dict[Language, Words] = {
         region="区域",
         box="框（像素）",
         score="得分",
+        uncertain="不确定",
         area="面积",
         asked="所问区域",
         kinds={"box": "框", "point": "点", "mask": "掩膜"},
@@ -93,6 +96,13 @@ def area_of(region: Region, scan: Scan) -> str:
     if millimetres is None:
         return f"{pixels:,} px"
     return f"{millimetres:,.0f} mm²" if millimetres >= 10 else f"{millimetres:.1f} mm²"
+
+
+def score_of(region: Region, words: Words) -> str:
+    """Return the score of a region and, where it is below what was asked for, that it is uncertain; "" without one."""
+    if region.score is None:
+        return ""
+    return f"{region.score:.2f} {words.uncertain}" if region.uncertain else f"{region.score:.2f}"
 
 
 def shorten(text: str, limit: float, width: Callable[[str], float]) -> str:

@@ -98,6 +98,11 @@ class Delivery:
     attempts: int
 
 
+_JUMP = 60.0
+"""Seconds. A time of change that lies farther ahead than this says that the clock went back since; what waits for a
+time there is due at once. Less is what comes in while a question to the journal is on its way."""
+
+
 class Journal:
     """The journal in the file `path`, made if missing; a context manager.
 
@@ -207,10 +212,13 @@ class Journal:
 
     # --- jobs ---
 
-    def due_studies(self, quiet_since: float) -> list[tuple[str, str]]:
+    def due_studies(self, quiet_since: float, now: float) -> list[tuple[str, str]]:
         """Return (study, sender) of the studies that got their last instance at `quiet_since` or before."""
         rows = self._rows(
-            "SELECT uid, sender FROM study WHERE state = 'receiving' AND changed <= ? ORDER BY changed", quiet_since
+            "SELECT uid, sender FROM study WHERE state = 'receiving' AND (changed <= ? OR changed > ?) "
+            "ORDER BY changed",
+            quiet_since,
+            now + _JUMP,
         )
         return [(str(uid), str(sender)) for uid, sender in rows]
 
@@ -221,9 +229,9 @@ class Journal:
         """
         with self._change() as db:
             row = db.execute(
-                "UPDATE study SET state = 'stable' WHERE uid = ? AND state = 'receiving' AND changed <= ? "
-                "RETURNING revision",
-                (study, quiet_since),
+                "UPDATE study SET state = 'stable' WHERE uid = ? AND state = 'receiving' "
+                "AND (changed <= ? OR changed > ?) RETURNING revision",
+                (study, quiet_since, now + _JUMP),
             ).fetchone()
             for rule in rules if row else ():
                 db.execute(
@@ -234,14 +242,79 @@ class Journal:
                 )
             return row is not None
 
+    def put_study(self, study: str, items: Sequence[Instance], rules: Sequence[str], now: float) -> None:
+        """Take a study as a whole: complete, these instances and no others, with a queued job for each rule.
+
+        What was done about the same instances stays done; what failed is queued again.
+        """
+        with self._change() as db:
+            known = dict(db.execute("SELECT uid, sha256 FROM instance WHERE study = ?", (study,)).fetchall())
+            if known == {item.uid: item.sha256 for item in items}:  # the files may have moved
+                names = [(item.name, item.uid) for item in items]
+                db.executemany("UPDATE OR REPLACE instance SET name = ? WHERE uid = ?", names)
+            else:
+                db.execute("DELETE FROM instance WHERE study = ?", (study,))
+                db.execute(
+                    "INSERT INTO study VALUES (?, '', 1, ?, 'stable') ON CONFLICT (uid) DO UPDATE SET "
+                    "revision = revision + 1, changed = excluded.changed, state = 'stable'",
+                    (study, now),
+                )
+                for i in items:
+                    row = (i.uid, study, i.name, i.sha256, i.bytes, now)
+                    db.execute("INSERT OR REPLACE INTO instance VALUES (?, ?, ?, ?, ?, ?)", row)
+            for rule in rules:
+                db.execute(
+                    "INSERT INTO job (study, rule, revision, state, due, changed) "
+                    "SELECT uid, ?, revision, 'queued', ?, ? FROM study WHERE uid = ? "
+                    "ON CONFLICT (study, rule) DO UPDATE SET revision = excluded.revision, state = 'queued', "
+                    "attempts = 0, due = excluded.due, error = NULL, changed = excluded.changed "
+                    "WHERE job.state = 'failed' OR job.revision <> excluded.revision",
+                    (rule, now, now, study),
+                )
+
+    def rules(self) -> set[str]:
+        """Return the rules that there are jobs for."""
+        return {str(rule) for (rule,) in self._rows("SELECT DISTINCT rule FROM job")}
+
+    def ended(self, study: str, rule: str) -> str | None:
+        """Return "" if a study is answered, the error if it was given up, None otherwise."""
+        rows = self._rows("SELECT state, error FROM job WHERE study = ? AND rule = ?", study, rule)
+        states: dict[object, str | None] = {"done": "", "failed": str(rows and rows[0][1]) or "failed"}
+        return states.get(rows[0][0]) if rows else None
+
+    def park(self) -> None:
+        """Give up what is queued or running, until `put_study` queues it again."""
+        with self._change() as db:
+            db.execute("UPDATE job SET state = 'failed', error = 'not ended' WHERE state IN ('queued', 'running')")
+
+    def deliver_again(self, targets: Sequence[str], now: float) -> None:
+        """Queue what targets refused, and every DICOM result for targets that it has not been for so far."""
+        with self._change() as db:
+            db.execute("UPDATE delivery SET state = 'pending', attempts = 0, due = ? WHERE state = 'failed'", (now,))
+            db.execute("UPDATE delivery SET attempts = 0, due = ? WHERE state = 'pending'", (now,))
+            for target in targets:
+                db.execute(
+                    "INSERT OR IGNORE INTO delivery (uid, target, job, name, state, due, changed) "
+                    "SELECT uid, ?, job, name, 'pending', ?, ? FROM result WHERE uid IS NOT NULL",
+                    (target, now, now),
+                )
+
+    def has_hope(self, attempts: int) -> bool:
+        """Return whether a delivery is pending that was tried less than `attempts` times."""
+        return bool(self._rows("SELECT 1 FROM delivery WHERE state = 'pending' AND attempts < ? LIMIT 1", attempts))
+
+    def results(self, job: Job) -> list[str]:
+        """Return the file names of what a job wrote."""
+        return [str(name) for (name,) in self._rows("SELECT name FROM result WHERE job = ?", job.id)]
+
     def claim(self, now: float) -> Job | None:
         """Return the job that is due longest, now running; None if there is none."""
         with self._change() as db:
             row = db.execute(
                 "UPDATE job SET state = 'running', attempts = attempts + 1, changed = ? WHERE id = "
-                "(SELECT id FROM job WHERE state = 'queued' AND due <= ? ORDER BY due, id LIMIT 1) "
+                "(SELECT id FROM job WHERE state = 'queued' AND (due <= ? OR changed > ?) ORDER BY due, id LIMIT 1) "
                 "RETURNING id, study, rule, revision, attempts",
-                (now, now),
+                (now, now, now + _JUMP),
             ).fetchone()
             return Job(*row) if row else None
 
@@ -298,12 +371,22 @@ class Journal:
     def due_deliveries(self, now: float, count: int = 100) -> list[Delivery]:
         """Return deliveries that are due, those of one target together."""
         rows = self._rows(
-            "SELECT uid, target, name, attempts FROM delivery WHERE state = 'pending' AND due <= ? "
-            "ORDER BY target, due, uid LIMIT ?",
+            "SELECT uid, target, name, attempts FROM delivery WHERE state = 'pending' "
+            "AND (due <= ? OR changed > ?) ORDER BY target, due, uid LIMIT ?",
             now,
+            now + _JUMP,
             count,
         )
         return [Delivery(*row) for row in rows]  # type: ignore[arg-type]
+
+    def study_of(self, delivery: Delivery) -> str:
+        """Return the study that a delivery's result is about."""
+        rows = self._rows(
+            "SELECT study FROM job JOIN delivery ON job.id = delivery.job WHERE delivery.uid = ? AND target = ?",
+            delivery.uid,
+            delivery.target,
+        )
+        return str(rows[0][0]) if rows else ""
 
     def sent(self, delivery: Delivery, now: float) -> None:
         """Record that the target has the result."""

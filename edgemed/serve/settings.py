@@ -1,4 +1,5 @@
-"""What the node is told: who may send, what is asked about a study, where results go. One TOML file fills it.
+"""What the node is told: who may send, what is asked about a study, where results go. One TOML file fills it, or the
+section [serve] of the configuration file (`edgemed.config`), with [[serve.sender]] and so on.
 
     folder = "/var/lib/edgemed"
     [[sender]]
@@ -24,16 +25,16 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgemed.errors import CannotRead, InvalidInput
+from edgemed.errors import EdgemedError, InvalidInput
 
 MIB = 1 << 20
 _AET = re.compile(r"[ -\[\]-~]{1,16}")  # PS3.5, VR AE: no backslash, no control characters
+_DEVICE = re.compile(r"auto|cpu|gpu(:\d+)?")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 T = TypeVar("T")
@@ -99,8 +100,8 @@ class Target:
 class Rule:
     """What is asked about a study: series that `select` fits (rules as of --select) are asked `prompt`.
 
-    senders: the calling AE titles whose studies this is for; all where empty. kinds: as of `edgemed.report.results`.
-    targets: names. slices: as of --slices.
+    senders: whose studies this is for, calling AE titles and names of targets that they are pulled from; all where
+    empty. kinds: as of `edgemed.report.results`. targets: names. slices: as of --slices.
     """
 
     name: str
@@ -143,7 +144,9 @@ class NodeSettings:
     studies that are not answered yet; a further one is refused likewise. max_attempts: of a job, and of a delivery that
     the target refuses; one that cannot be reached is tried for ever, retry_seconds doubled up to retry_cap_seconds.
     stop_seconds: what is running may take so long after a stop. keep_hours: how long a study stays after all of it is
-    done. storage: names as "CTImageStorage" (pydicom's) that are accepted; every storage class of DICOM where empty.
+    done. workers: the device of each inference process (cpu, gpu:0 ...; one that is named twice has two), empty: one
+    for each GPU, or one. job_seconds: a worker that takes longer is ended. storage: names as "CTImageStorage"
+    (pydicom's) that are accepted; every storage class of DICOM where empty.
     """
 
     folder: Path
@@ -168,6 +171,8 @@ class NodeSettings:
     max_attempts: int = 5
     stop_seconds: float = 30.0
     keep_hours: float = 24.0
+    workers: tuple[str, ...] = ()
+    job_seconds: float = 7200.0
 
     def __post_init__(self) -> None:
         check_aet(self.aet)
@@ -176,6 +181,8 @@ class NodeSettings:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} is {getattr(self, name)}; {least} or more was expected")
+        if wrong := [d for d in self.workers if not _DEVICE.fullmatch(d)]:
+            raise InvalidInput(f"workers has {wrong[0]!r}; cpu, gpu, gpu:N or auto was expected")
         if not is_loopback(self.bind) and not self.beyond_loopback:
             raise InvalidInput(
                 f"bind is {self.bind}, which other machines can reach; set beyond_loopback = true to allow that"
@@ -206,7 +213,7 @@ class NodeSettings:
 _LEAST = {
     "quiet_seconds": 0, "max_associations": 1, "max_pdu": 4096, "max_instance_mib": 0.001, "min_free_mib": 0,
     "queue": 1, "network_seconds": 0.01, "retry_seconds": 0, "retry_cap_seconds": 0, "max_attempts": 1,
-    "stop_seconds": 0, "keep_hours": 0,
+    "stop_seconds": 0, "keep_hours": 0, "job_seconds": 1,
 }  # fmt: skip
 
 
@@ -218,22 +225,26 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def read_settings(path: str | os.PathLike[str], **more: Any) -> NodeSettings:
-    """Return the settings of a TOML file. more: values that go before those of the file; None is none.
+def read_settings(path: str | os.PathLike[str] | None = None, **more: Any) -> NodeSettings:
+    """Return the settings of a TOML file; without one, those of the section [serve] of the configuration file.
 
-    Raises CannotRead; InvalidInput if it is no TOML, has an unknown key, or a value does not fit.
+    Variables EDGEMED_SERVE_KEY go before the file, and `more` (None is none) before those. Raises CannotRead;
+    InvalidInput if the file is no TOML, has an unknown key, or a value does not fit; EdgemedError (usage) if nothing is
+    set anywhere.
     """
+    from edgemed.config import kinds_of, read_section
+
+    where = "[serve] of the configuration" if path is None else os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            table = tomllib.load(file)
-    except OSError as error:
-        raise CannotRead(f"cannot read {os.fspath(path)}: {error.strerror or 'refused'}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{os.fspath(path)} is no TOML: {error}") from None
+        found = read_section("serve", kinds_of(NodeSettings), more, None if path is None else Path(path))
+    except EdgemedError as error:
+        raise (InvalidInput(str(error)) if type(error) is EdgemedError else error) from None
+    if path is None and not found:
+        raise EdgemedError("--config is missing; the node's TOML file was expected, or [serve] in the configuration")
     try:
-        return to_settings({**table, **{key: value for key, value in more.items() if value is not None}})
+        return to_settings({key: value.value for key, value in found.items()})
     except InvalidInput as error:
-        raise InvalidInput(f"{os.fspath(path)}: {error}") from None
+        raise InvalidInput(f"{where}: {error}") from None
 
 
 def to_settings(table: Mapping[str, Any]) -> NodeSettings:

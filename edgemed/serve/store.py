@@ -5,6 +5,7 @@
     instances/STUDY/NAME        what was acknowledged
     work/JOB/in, out            links to a job's instances, and what it writes; removed at the start
     results/JOB-REVISION/NAME   what jobs wrote
+    pulled/TARGET.N/UID.dcm     what `pull` fetched, as TARGET.N.part while it does; taken as if TARGET had sent it
 
 An instance is acknowledged after: its bytes are on the disk under a temporary name, they have their final name, the
 folder is on the disk, the journal has it. A file that the journal does not have was never acknowledged; `recover`
@@ -25,7 +26,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from edgemed.serve.journal import Instance, Job, Journal, Result
 from edgemed.serve.settings import MIB, NodeSettings
 
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
+
+PULLED, PART = "pulled", ".part"
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700
@@ -135,6 +138,37 @@ class Spool:
             self.path.unlink(missing_ok=True)
 
 
+class FileSpool:
+    """As `Spool`, of a file that is there: it is linked to `path`, and stays."""
+
+    def __init__(self, file: Path, path: Path) -> None:
+        self.path, self.bytes = path, 0
+        self.head = Head("", "", "")
+        self._file = file
+
+    def keep(self) -> str:
+        """Return the SHA-256 of the file, which is on the disk. Raises Refused."""
+        from pydicom.errors import InvalidDicomError
+        from pydicom.filereader import read_file_meta_info
+
+        try:
+            meta = read_file_meta_info(self._file)
+            told = ("MediaStorageSOPInstanceUID", "MediaStorageSOPClassUID", "TransferSyntaxUID")
+            self.head = Head(*(str(meta.get(keyword) or "") for keyword in told))
+            self.bytes = self._file.stat().st_size
+            os.link(self._file, self.path)
+            return sha256_of(self.path)
+        except (InvalidDicomError, ValueError, EOFError) as error:
+            raise Refused(CANNOT_UNDERSTAND, "the file is no DICOM file") from error
+        except CannotRead as error:
+            raise Refused(OUT_OF_RESOURCES, "the file cannot be read") from error
+
+    def drop(self) -> None:
+        """Remove the link, if it is there."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
 def _file_meta(head: Head) -> bytes:
     """Return the preamble (zeros) and the File Meta Information. Raises ValueError if a UID is none."""
     from pydicom.dataset import FileMetaDataset
@@ -157,6 +191,9 @@ def _file_meta(head: Head) -> bytes:
 class Store:
     """The folder of a node; a context manager. now: the wall clock. free_bytes: of the disk that a folder is on.
 
+    results: a folder of the user's that results go to instead, RESULTS/STUDY/NAME by Study Instance UID; what else lies
+    there is left alone.
+
     Raises CannotWrite, CannotRead or InvalidInput if the folder cannot be used.
     """
 
@@ -166,16 +203,20 @@ class Store:
         *,
         now: Callable[[], float] = time.time,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+        results: Path | None = None,
     ) -> None:
         self.settings, self.now, self._free_bytes = settings, now, free_bytes
         self.folder = settings.folder
-        self.incoming, self.instances, self.work, self.results = (
-            self.folder / name for name in ("incoming", "instances", "work", "results")
+        self.incoming, self.instances, self.work, self.pulled = (
+            self.folder / name for name in ("incoming", "instances", "work", PULLED)
         )
+        self._users_results = results is not None
+        self.results = results or self.folder / "results"
         self._numbers = itertools.count(1)
         self._changing = threading.Lock()
         try:
-            for folder in (self.incoming, self.instances, self.work, self.results):
+            self.results.mkdir(parents=True, exist_ok=True, mode=0o777 if self._users_results else 0o700)
+            for folder in (self.incoming, self.instances, self.work, self.pulled):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _sync(self.folder)
         except OSError as error:
@@ -217,7 +258,30 @@ class Store:
         path = self.incoming / f"{os.getpid()}-{next(self._numbers)}"
         return Spool(path, head, int(self.settings.max_instance_mib * MIB), self.has_room)
 
-    def take(self, spool: Spool, sender: str) -> Instance:
+    def take_pulled(self) -> list[tuple[str, Refused | None]]:
+        """Take what `pull` fetched; return (UID, None or why it never will be) of each instance.
+
+        Where there is no room the rest waits for the next call.
+        """
+        told: list[tuple[str, Refused | None]] = []
+        for folder in sorted(self.pulled.iterdir()):
+            if folder.suffix == PART or not folder.is_dir():
+                continue
+            sender = folder.name.partition(".")[0]
+            for file in sorted(folder.iterdir()):
+                try:
+                    self.take(FileSpool(file, self.incoming / f"{os.getpid()}-{next(self._numbers)}"), sender)
+                    told.append((file.stem, None))
+                except Refused as error:
+                    if error.status == OUT_OF_RESOURCES:
+                        return told
+                    told.append((file.stem, error))
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return told
+
+    def take(self, spool: Spool | FileSpool, sender: str) -> Instance:
         """Make a spooled instance one of the store's: on the disk and in the journal when this returns.
 
         One that is there with the same content stays as it is; one with other content is replaced. A result of this
@@ -235,7 +299,7 @@ class Store:
         finally:
             spool.drop()
 
-    def _take(self, spool: Spool, study: str, sha256: str, sender: str) -> Instance:
+    def _take(self, spool: Spool | FileSpool, study: str, sha256: str, sender: str) -> Instance:
         known = self.journal.instance(spool.head.uid)
         if known is None and self.journal.is_result(spool.head.uid):
             return Instance(spool.head.uid, study, "", sha256, 0)
@@ -267,8 +331,8 @@ class Store:
     def open_job(self, job: Job) -> tuple[Path, Path]:
         """Return (a folder with the instances of the job's study, an empty one for its results).
 
-        The instances are hard links under their UIDs: a study that changes meanwhile does not change them. Raises
-        CannotRead, CannotWrite.
+        The instances are hard links under their UIDs (copies of files on another disk): a study that changes meanwhile
+        does not change them. Raises CannotRead, CannotWrite.
         """
         folder = self.work / str(job.id)
         inside, out = folder / "in", folder / "out"
@@ -277,7 +341,7 @@ class Store:
             inside.mkdir(parents=True)
             out.mkdir()
             for item in self.journal.instances(job.study):
-                os.link(self.instances / item.name, inside / f"{item.uid}.dcm")
+                _link(self.instances / item.name, inside / f"{item.uid}.dcm")
         except FileNotFoundError as error:
             raise CannotRead(
                 "an instance is missing in the store; restore the folder of the node from a copy"
@@ -288,11 +352,11 @@ class Store:
 
     def keep_results(self, job: Job, files: Sequence[Path]) -> list[Result]:
         """Move what a job wrote to its results, on the disk when this returns. Raises CannotWrite, InvalidInput."""
-        folder = self.results / f"{job.id}-{job.revision}"
+        folder = self.results / (job.study if self._users_results else f"{job.id}-{job.revision}")
         kept: list[Result] = []
         try:
-            if not folder.is_dir():
-                folder.mkdir(mode=0o700)
+            if files and not folder.is_dir():
+                folder.mkdir(mode=0o777 if self._users_results else 0o700)
                 _sync(self.results)
             for file in files:
                 result = Result(f"{folder.name}/{file.name}", _uid_of_result(file), sha256_of(file))
@@ -300,7 +364,8 @@ class Store:
                     os.fsync(stream.fileno())
                 os.replace(file, folder / file.name)
                 kept.append(result)
-            _sync(folder)
+            if files:
+                _sync(folder)
         except OSError as error:
             raise CannotWrite(f"cannot keep the results of a job: {error.strerror or 'refused'}") from error
         return kept
@@ -308,6 +373,12 @@ class Store:
     def close_job(self, job: Job) -> None:
         """Remove a job's folder of work."""
         shutil.rmtree(self.work / str(job.id), ignore_errors=True)
+
+    def drop_results(self, names: Iterable[str]) -> None:
+        """Remove results of an earlier revision from the user's folder; those of a node go when it starts."""
+        for name in names if self._users_results else ():
+            with contextlib.suppress(OSError):
+                self.result(name).unlink()
 
     def result(self, name: str) -> Path:
         """Return the file of a result."""
@@ -328,7 +399,8 @@ class Store:
                 orphans += 1
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         names = self.journal.names()
-        for base, known in ((self.instances, names), (self.results, self.journal.result_names())):
+        bases = [(self.instances, names), (self.results, self.journal.result_names())]
+        for base, known in bases[: 1 if self._users_results else 2]:
             for folder in list(base.iterdir()):
                 for path in list(folder.iterdir()):
                     if f"{folder.name}/{path.name}" not in known:
@@ -386,6 +458,16 @@ def _uid_of_result(path: Path) -> str | None:
     if not is_uid(uid):
         raise InvalidInput("a DICOM result has no SOP Instance UID")
     return uid
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give `file` a second name, or copy it where the system does not allow that (another disk, another's file)."""
+    try:
+        os.link(file, name)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _sync(folder: Path) -> None:

@@ -12,40 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemed.errors import NoInput
-from edgemed.serve.node import Stopped
 from edgemed.serve.settings import Rule
+from edgemed.serve.work import Stopped
 
 if TYPE_CHECKING:
     from edgemed.core import Answer, Language, Prompt, Scan
     from edgemed.dicom import Reader
-    from edgemed.dicom.geometry_verdict import Place
     from edgemed.dicom.series import Series
     from edgemed.infer import InferOptions, Session
-    from edgemed.report.results import Analysed
-
-
-class SeriesSlices:
-    """The slices of a series; see `edgemed.volume.Slices`."""
-
-    def __init__(self, series: Series, reader: Reader, window: str | None) -> None:
-        self.places: Sequence[Place] = series.places
-        self._series, self._reader, self._window = series, reader, window
-
-    def read(self, index: int) -> Scan:
-        item = self._series.slices[index]
-        return self._reader.read(item.path, frame=item.frame, window=self._window)
-
-    def path(self, index: int) -> str:
-        return self._series.slices[index].path
-
-    def digest(self, index: int) -> str:
-        return str(index)  # of a journal that lives as long as the run
 
 
 class StudyProcess:
-    """Answers studies; keeps the sessions of its bundles open. See `edgemed.serve.node.Process`."""
+    """Answers studies; keeps the sessions of its bundles open. See `edgemed.serve.work.Process`.
 
-    def __init__(self) -> None:
+    device: for rules that name none. threads: of the CPU; None: one for each core.
+    """
+
+    def __init__(self, device: str = "auto", threads: int | None = None) -> None:
+        self._device, self._threads = device, threads
         self._sessions: dict[tuple[str, str], Session] = {}
 
     def __call__(self, rule: Rule, study: Path, out: Path, stopping: Callable[[], bool]) -> Sequence[Path]:
@@ -72,9 +56,10 @@ class StudyProcess:
     def _session(self, rule: Rule) -> Session:
         from edgemed.infer import open_session
 
-        key = (rule.bundle, rule.device)
+        device = self._device if rule.device == "auto" else rule.device
+        key = (rule.bundle, device)
         if key not in self._sessions:
-            self._sessions[key] = open_session(bundle=rule.bundle, device=rule.device)
+            self._sessions[key] = open_session(bundle=rule.bundle, device=device, threads=self._threads)
         return self._sessions[key]
 
     def _series(
@@ -89,6 +74,8 @@ class StudyProcess:
     ) -> tuple[Path, ...]:
         """Ask the slices of a series and return the results, written into `folder`."""
         from edgemed.core import Prompt
+        from edgemed.dicom.slices import DicomSlices
+        from edgemed.report.packed import packed
         from edgemed.report.results import Analysed, ResultOptions, write_results
         from edgemed.volume import Journal, SliceRun, to_answer
 
@@ -103,12 +90,11 @@ class StudyProcess:
         def read(path: Path, frame: int) -> Scan:
             return reader.read(str(path), frame=frame, window=rule.window)
 
-        analysed: list[Analysed] = []
-        with Journal() as journal, SliceRun(SeriesSlices(series, reader, rule.window), ask, prompt, journal) as run:
+        slices = DicomSlices(series, reader, rule.window)
+        with Journal() as journal, SliceRun(slices, ask, prompt, journal) as run:
             run.ask_slices(rule.slices)
-            for index, record in run.answers():
-                item = series.slices[index]
-                analysed.append(Analysed(Path(item.path), item.frame, to_answer(record)))
+            answers = ((index, packed(to_answer(record))) for index, record in run.answers())
+            analysed = [Analysed(Path(slices.file(k)), slices.frame(k), answer) for k, answer in answers]
         told = ResultOptions(prompt=prompt, notice=session.notice(language), read=read)
         return write_results(analysed, folder, rule.kinds, language=language, options=told)
 

@@ -99,7 +99,7 @@ def read_recipe(path: Path) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CannotRead(f"recipe {path} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidInput(f"recipe {path} is not TOML: {error}") from error
     parts = {"data": Data, "structures": Structures, "language": Language, "masks": Masks}
     for key, kind in parts.items():

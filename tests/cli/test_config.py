@@ -55,3 +55,45 @@ def test_unknown_key_ends_with_code_1_and_one_line(tmp_path: Path, capsys: Captu
     assert told.out == ""
     assert "'bundles.surprise', which is no setting" in told.err
     assert told.err.count("\n") == 1
+
+
+def test_section_of_a_part_is_shown_and_can_be_read_again(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "[serve]\nport = 7\n[[serve.sender]]\naet = 'CT1'\naddresses = ['10.0.0.1']\n"
+    (tmp_path / "etc.toml").write_text(text)
+    monkeypatch.setenv("EDGEMED_SERVE_AET", "NODE")
+    assert main(["config", "show", "--origin"]) == 0
+    out = capsys.readouterr().out
+    assert tomllib.loads(out)["serve"] == {
+        "port": 7,
+        "aet": "NODE",
+        "sender": [{"aet": "CT1", "addresses": ["10.0.0.1"]}],
+    }
+    assert "environment EDGEMED_SERVE_AET" in out
+    monkeypatch.setenv("EDGEMED_SERVE_AEt", "NODE")
+    assert main(["config", "show"]) == 1
+
+
+def test_check_looks_at_secrets_too(tmp_path: Path, capsys: Captured) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    (tmp_path / "etc.toml").write_text(f"[audit]\nfolder = 'a'\npseudonym_file = '{key}'\n")
+    key.chmod(0o644)
+    assert main(["config", "check"]) == 20
+    assert "chmod 600" in capsys.readouterr().err
+    key.chmod(0o600)
+    assert main(["config", "check"]) == 0
+    assert "the settings hold" in capsys.readouterr().out
+    (tmp_path / "etc.toml").write_text("[audit]\nserver = 'siem:6514'\n")
+    assert main(["config", "check"]) == 1
+
+
+@pytest.mark.parametrize("form", [[], ["--markdown"], ["--man"]])
+def test_every_key_is_told_with_its_meaning(form: list[str], capsys: Captured) -> None:
+    assert main(["config", "keys", *form]) == 0
+    out = capsys.readouterr().out
+    for setting in config.SETTINGS:
+        assert setting.name in out
+        assert setting.meaning in out
+    assert "serve.quiet_seconds" in out

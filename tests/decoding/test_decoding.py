@@ -103,6 +103,28 @@ def test_greedy_says_what_the_model_wants_and_ends() -> None:
     assert decoded.step_ms > 0
 
 
+def test_numbers_have_the_spread_of_what_the_grammar_allows() -> None:
+    # Bins 2 and 5 are as likely as each other, every other coordinate is as good as impossible.
+    likely = np.full(VOCABULARY, -50.0)
+    likely[[FIRST + 2, FIRST + 5]] = 0.0
+    script_of = {0: np.eye(VOCABULARY)[25] * 5, 1: likely, 2: np.eye(VOCABULARY)[EOS] * 5}
+    decoded = run(
+        FakeRunner(lambda seen: script_of[len(seen) - len(PROMPT)]), numbers={FIRST + k: k for k in range(BINS)}
+    )
+    assert decoded.ids == (25, FIRST + 2)
+    assert decoded.spreads[0] is None
+    assert decoded.spreads[1] == pytest.approx(1.5)
+
+
+def test_spreads_follow_the_ids_whatever_is_forced_drafted_or_taken_back() -> None:
+    for seed in range(40):
+        decoded = run(noise(seed), BoxGrammar(TOKENS, VOCABULARY), numbers={FIRST + k: k for k in range(BINS)})
+        assert len(decoded.spreads) == len(decoded.ids) == len(decoded.log_probs)
+        for token, spread in zip(decoded.ids, decoded.spreads, strict=True):
+            assert (spread is not None) == (FIRST <= token < FIRST + BINS)
+            assert spread is None or 0 <= spread <= BINS / 2
+
+
 def test_log_probabilities_count_only_what_the_grammar_allows() -> None:
     runner = FakeRunner(lambda seen: np.zeros(VOCABULARY) if len(seen) == len(PROMPT) else np.eye(VOCABULARY)[EOS])
     decoded = run(runner, BoxGrammar(TOKENS, VOCABULARY))

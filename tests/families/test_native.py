@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,11 +110,21 @@ def masks_of(feeds: tuple[Feeds, ...]) -> list[Feeds]:
     return outputs
 
 
-def read(family: Family, prompt: Prompt, answer: Written, on: Scan | None = None) -> Any:
+def read(
+    family: Family, prompt: Prompt, answer: Written, on: Scan | None = None, proposals: Feeds | None = None
+) -> Any:
     on = on or scan()
     prepared = family.prepare([on], prompt)
-    feeds = family.mask_feeds(prompt, prepared, projected(), answer)
-    return family.read_answer([on], prompt, prepared, projected(), answer, masks_of(feeds))
+    seen = projected() if proposals is None else proposals
+    feeds = family.mask_feeds(prompt, prepared, seen, answer)
+    return family.read_answer([on], prompt, prepared, seen, answer, masks_of(feeds))
+
+
+def sure(proposals: Feeds, name: str, probability: float, spread: float) -> Feeds:
+    """The projector's outputs with how sure it is of the sides of one box."""
+    sides = np.zeros((2, len(STRUCTURES), 4), np.float32)
+    sides[0, structure_of(name)], sides[1, structure_of(name)] = probability, spread
+    return {**proposals, "side_probability": sides[0], "side_spread": sides[1]}
 
 
 def test_prepare_gives_the_feeds_of_the_first_graphs(family: Family) -> None:
@@ -384,15 +395,43 @@ def test_empty_mask_leaves_the_box(family: Family, text: NativeText) -> None:
     assert region.iou_estimate is None
 
 
-def test_score_is_the_geometric_mean_of_name_coordinates_and_presence(family: Family, text: NativeText) -> None:
-    (region,) = read(family, Prompt("where"), written(text, ONE, log_prob=np.log(0.5))).regions
-    assert region.score == pytest.approx((0.5 * 0.5 * 0.9) ** (1 / 3), rel=1e-5)
-    (unknown,) = read(
-        family, Prompt("where"), written(text, ONE.replace("liver", "gizmo"), log_prob=np.log(0.5))
-    ).regions
-    assert unknown.score == pytest.approx(0.5, rel=1e-5)
+def test_the_sides_of_a_box_of_its_own_are_as_sure_as_its_tokens(family: Family, text: NativeText) -> None:
+    ids = text.encode_answer(ONE)[:-1]
+    spreads = [float(i) if text.tokens().first_coordinate <= token else None for i, token in enumerate(ids)]
+    answer = written(text, ONE, log_prob=np.log(0.5), spreads=spreads)
+    (region,) = read(family, Prompt("where"), answer).regions
+    assert region.score == pytest.approx(0.5, rel=1e-5)
+    assert region.sides is not None
+    at = ids.index(text.tokens().box) + 1
+    for i, side in enumerate(region.sides):
+        assert side.probability == pytest.approx(0.5)
+        assert side.spread_px == pytest.approx((at + i) * 0.512)  # a bin is 0.512 pixels of the scan
     (odd,) = read(family, Prompt("where"), written(text, ONE, log_prob=float("nan"))).regions
-    assert odd.score == 0
+    assert odd.score == pytest.approx(1e-4)
+
+
+def test_the_sides_of_a_proposed_box_are_as_sure_as_the_projector(family: Family, text: NativeText) -> None:
+    proposals = sure(projected({"liver": (100, 200, 500, 600)}), "liver", 0.81, 3.0)
+    (region,) = read(family, Prompt("where"), written(text, ONE, log_prob=0.0), proposals=proposals).regions
+    assert [s.probability for s in region.sides] == pytest.approx([0.81] * 4)
+    assert [s.spread_px for s in region.sides] == pytest.approx([6.0] * 4)  # a model pixel is two of the scan
+    assert region.score == pytest.approx(0.81)
+
+
+def test_a_bundle_that_knows_how_sure_it_is_says_so(
+    bundle: Bundle, text: NativeText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**bundle.manifest.settings, "box_confidence": {"slope": 2.0, "offset": -0.5}}
+    calibrated = open_family(replace(bundle, manifest=replace(bundle.manifest, settings=settings)))
+    (region,) = read(calibrated, Prompt("where"), written(text, ONE, log_prob=np.log(0.5))).regions
+    assert region.score == pytest.approx(1 / (1 + np.exp(0.5)))  # the odds are even: the offset alone counts
+
+
+def test_the_score_of_a_region_that_the_user_drew_is_that_of_its_name(family: Family, text: NativeText) -> None:
+    drawn = Prompt("what is this", (PromptRegion("box", box=(51.2, 102.4, 256.0, 307.2)),))
+    (region,) = read(family, drawn, written(text, ONE, log_prob=np.log(0.7))).regions
+    assert region.sides is None
+    assert region.score == pytest.approx(0.7)
 
 
 def test_answer_cut_short_says_so(family: Family, text: NativeText) -> None:

@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from edgemed.core import Answer, Example, Prompt, PromptRegion, Region, Scan
+from edgemed.core import Answer, Example, Prompt, PromptRegion, Region, Scan, Side
 from edgemed.errors import InvalidInput
 from edgemed.report import from_rle, read_schema, to_json
 
@@ -40,11 +40,27 @@ def test_answer_has_the_shape_of_the_contract(answer: Answer, make_scan: MakeSca
         "window": [40, 400],
     }
     liver, spleen = written["regions"]
-    assert list(liver) == ["label", "box_px", "score", "mask"]
+    assert list(liver) == ["label", "box_px", "score", "mask", "sides", "uncertain"]
     assert list(liver["mask"]) == ["rle", "area_px", "area_mm2", "iou_estimate"]
     assert (liver["score"], liver["mask"]["iou_estimate"]) == (0.9322, 0.9512)
-    assert spleen == {"label": "spleen", "box_px": [8.0, 10.13, 30.5, 40.0], "score": None, "mask": None}
+    unknown = {"score": None, "mask": None, "sides": None, "uncertain": False}
+    assert spleen == {"label": "spleen", "box_px": [8.0, 10.13, 30.5, 40.0], **unknown}
     assert written["provenance"]["timings_ms"] == {"read": 41.0, "total": 1250.0}
+
+
+def test_a_region_says_how_sure_its_sides_are_and_whether_that_is_enough(
+    answer: Answer, make_scan: MakeScan, english_prompt: Prompt
+) -> None:
+    sides = (Side(0.91239, 1.2345), Side(1.0, 0.0), Side(0.5), Side(0.25, 30.0))
+    region = replace(answer.regions[0], sides=sides, uncertain=True)
+    written = to_json(replace(answer, regions=(region,)), make_scan(), english_prompt, path="scan.dcm")
+    check(written)
+    (found,) = written["regions"]
+    assert found["uncertain"] is True
+    assert found["sides"][:3] == [
+        {"probability": 0.9124, "spread_px": 1.23}, {"probability": 1.0, "spread_px": 0.0},
+        {"probability": 0.5, "spread_px": None},
+    ]  # fmt: skip
 
 
 def test_mask_and_its_area_are_those_of_the_region(

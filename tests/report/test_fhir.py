@@ -43,7 +43,7 @@ def test_both_releases_have_a_preliminary_report_with_its_findings(tmp_path) -> 
         assert [c["code"] for c in observation["bodySite"]["coding"]] == ["64033007", "7771000"]
         assert observation["subject"]["identifier"]["value"] == "42"
         assert [(c["code"]["text"], c["valueQuantity"]["code"]) for c in observation["component"]] == [
-            ("Area", "mm2"), ("Long axis", "mm"), ("Short axis", "mm")
+            ("Area", "mm2"), ("Long axis", "mm"), ("Short axis", "mm"), ("Certainty of Finding", "%")
         ]  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """For tests of `edgemed serve`: settings, instances, a quick stand-in for the model, senders and targets on loopback.
 
-Run as a program it makes nodes that tests kill: `python dicom_node.py FOLDER QUIET_SECONDS TARGET_PORT`.
+Run as a program it makes nodes that tests kill: `python dicom_node.py FOLDER QUIET_SECONDS TARGET_PORT`; or it is an
+inference process with a stand-in for the model: `python dicom_node.py worker DEVICE THREADS`; or a batch about the
+studies of a folder: `python dicom_node.py batch FOLDER RESULTS`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -22,8 +25,10 @@ from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import AssociationSocket
 
+from edgemed.errors import InvalidInput
 from edgemed.serve.association import close_socket
 from edgemed.serve.settings import NodeSettings, Rule, Sender, Target
+from edgemed.serve.work import Stopped
 
 # The others' side, which is plain pynetdicom, leaves a socket open where the node closes first: a ResourceWarning.
 AssociationSocket._shutdown_socket = lambda self: close_socket(self.socket)  # type: ignore[method-assign]
@@ -108,6 +113,30 @@ def quick_process(rule: Rule, study: Path, out: Path, stopping: Callable[[], boo
     return [out / "result.dcm"]
 
 
+def acting_process(rule: Rule, study: Path, out: Path, stopping: Callable[[], bool]) -> Sequence[Path]:
+    """Do what the rule's prompt says, then as `quick_process`. Notes are kept in the store's folder."""
+    notes = out.parents[2]
+    with open(notes / "begun", "a") as file:
+        file.write(f"{os.getpid()}\n")
+    crashed = notes / "crashed"
+    if rule.prompt == "always crash" or (rule.prompt == "crash once" and not crashed.exists()):
+        crashed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while rule.prompt == "wait for two" and len(set((notes / "begun").read_text().split())) < 2:
+        threading.Event().wait(0.02)
+    while rule.prompt == "hang":
+        if stopping():
+            raise Stopped
+        threading.Event().wait(0.02)
+    if rule.prompt == "refuse":
+        raise InvalidInput("these slices are damaged")
+    if rule.prompt == "break":
+        raise RuntimeError("Planted^Name")
+    if rule.prompt == "slowly":
+        threading.Event().wait(0.05)
+    return quick_process(rule, study, out, stopping)
+
+
 def sender(title: str = "CT1", seconds: float = 20.0) -> AE:
     """Return an AE that asks for verification and CT storage."""
     ae = AE(title)
@@ -179,23 +208,53 @@ def be_a_node(folder: str, quiet_seconds: str, target_port: str) -> None:
     from edgemed.serve.node import Node
     from edgemed.serve.store import Store
 
-    more = {"target_port": int(target_port), "quiet_seconds": float(quiet_seconds)}
+    more: dict[str, Any] = {"target_port": int(target_port), "quiet_seconds": float(quiet_seconds)}
+    more["rules"] = (Rule("any", "slowly", ("sr",), ("pacs",)),)
     kept = settings(Path(folder), max_attempts=1_000_000, retry_seconds=0.05, retry_cap_seconds=0.2, **more)
     with Store(kept) as store:
-        node = Node(store, quick_process, tell=lambda what, **facts: None)
+        node = Node(store, acting_process, acting_process, tell=lambda what, **facts: None)
         node.start()
         print(os.getpid(), node.address[1], flush=True)
         threading.Event().wait()
 
 
+def be_a_batch(out: str, studies: Sequence[Any]) -> None:
+    """Answer studies; the line on stdout is the process id."""
+    from edgemed.serve.batch import Batch
+    from edgemed.serve.store import Store
+
+    print(os.getpid(), flush=True)
+    with Store(batch_settings(Path(out), prompt="slowly"), results=Path(out)) as store:
+        Batch(store, [acting_process]).run(studies)
+
+
+def batch_settings(out: Path, prompt: str = "?", **more: Any) -> NodeSettings:
+    """Return settings of a batch whose results go to `out`."""
+    targets = tuple(more.pop("targets", ()))
+    rule = Rule("batch", prompt, ("sr",), tuple(t.name for t in targets))
+    kept: dict[str, Any] = {"retry_seconds": 0.0, "max_attempts": 2, "min_free_mib": 0.0, "network_seconds": 10.0}
+    return NodeSettings(folder=out / ".edgemed", rules=(rule,), targets=targets, **{**kept, **more})
+
+
 def main(*arguments: str) -> None:
-    """For each line on stdin, fork a node: a fresh process that has its libraries already."""
+    """For each line on stdin, fork a node or batch: a fresh process that has its libraries already."""
+    be: Callable[[], None] = lambda: be_a_node(*arguments)  # noqa: E731
+    if arguments[0] == "batch":
+        from edgemed.serve.batch import studies_in
+
+        studies, _ = studies_in(sorted(map(str, Path(arguments[1]).iterdir())))
+        be = lambda: be_a_batch(arguments[2], studies)  # noqa: E731
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:
-            be_a_node(*arguments)
+            be()
+            os._exit(0)
         os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "worker":
+        from edgemed.serve.worker import serve_jobs
+
+        sys.exit(serve_jobs(acting_process))
     main(*sys.argv[1:])

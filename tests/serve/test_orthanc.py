@@ -22,8 +22,10 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 
-from edgemed.serve.pull import fetch_study, find_studies, get_study, move_study
+from edgemed.serve.batch import Batch, Counts, studies_of
+from edgemed.serve.pull import fetch_study, find_studies, get_study, move_study, parse_query, pull
 from edgemed.serve.settings import Rule, Sender, Target
+from edgemed.serve.store import PULLED, Store
 from edgemed.serve.study import StudyProcess
 
 Serve = Callable[..., Any]
@@ -65,8 +67,17 @@ def binary() -> Path:
 
 
 @pytest.fixture
-def orthanc(helper: ModuleType, tmp_path: Path) -> Iterator[Orthanc]:
-    program = binary()
+def orthanc(started: Orthanc) -> Orthanc:
+    """The running Orthanc, empty."""
+    for study in started.ask("/studies"):
+        started.ask(f"/studies/{study}", method="DELETE")
+    return started
+
+
+@pytest.fixture(scope="module")
+def started(helper: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    """Orthanc, started once: it takes 3 s to stop."""
+    program, tmp_path = binary(), tmp_path_factory.mktemp("orthanc")
     plugin = program.resolve().parents[1] / "share" / "orthanc" / "plugins" / "libOrthancDicomWeb.so"
     running = Orthanc(helper.free_port(), helper.free_port(), plugin.is_file(), helper.free_port())
     allowed = dict.fromkeys(("Echo", "Store", "Find", "Move", "Get"), True)
@@ -152,6 +163,31 @@ def test_a_study_is_found_and_fetched_in_every_way(
         (tmp_path / "web").mkdir()
         fetched = fetch_study(web, node.settings, uid, tmp_path / "web")
         assert [dcmread(f).PixelData for f in fetched] == [dcmread(f).PixelData for f in files]
+
+
+@pytest.mark.parametrize("way", ["AE", "web"])
+def test_studies_of_a_query_are_pulled_and_answered_in_a_batch(
+    orthanc: Orthanc, helper: ModuleType, tmp_path: Path, way: str
+) -> None:
+    for study in (1, 2):
+        for file in helper.write_instances(tmp_path / "scans", 3, study):
+            orthanc.ask("/instances", file.read_bytes(), "POST")
+    target = orthanc.target if way == "AE" else orthanc.web_target
+    out = tmp_path / "out"
+    settings = helper.batch_settings(out, targets=(target,))
+    uids = [f"{helper.ROOT}.1", f"{helper.ROOT}.2"]
+    query = parse_query(f"{target.name}:PatientID=PLANTED-ID,ModalitiesInStudy=CT", settings)
+    assert sorted(query.studies(settings)) == uids
+    assert parse_query(f"{target.name}:PatientID=ANOTHER", settings).source == target
+    assert find_studies(target, settings, {"PatientID": "ANOTHER"}) == []
+    assert pull(query, uids[0], settings) == 3
+    assert len(list((settings.folder / PULLED).glob("*/*.dcm"))) == 3
+    with Store(settings, results=out) as store:
+        counts = Batch(store, [helper.quick_process]).run(studies_of(query, uids, settings))
+    assert counts == Counts(studies=2, done=2, results=2)
+    assert {file.parent.name for file in out.glob("1.*/*.dcm")} == set(uids)
+    assert len(orthanc.ask("/studies")) == 2
+    assert orthanc.modalities() == ["CT", "CT", "OT", "OT"]  # sent back, each into its study
 
 
 @pytest.mark.slow

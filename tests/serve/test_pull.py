@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from email.parser import BytesParser
@@ -16,10 +17,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from pydicom import dcmread
+from pydicom.dataset import Dataset
 
+from edgemed.cli import main
 from edgemed.errors import CannotRead, CannotWrite, InvalidInput, NoInput
 from edgemed.serve.deliver import deliver
-from edgemed.serve.pull import fetch_study, find_studies, get_study, move_study
+from edgemed.serve.pull import Query, fetch, fetch_study, find_studies, get_study, move_study, parse_query
 from edgemed.serve.settings import Sender, Target
 
 Serve = Callable[..., Any]
@@ -27,9 +30,12 @@ Serve = Callable[..., Any]
 
 @contextmanager
 def query_retrieve(files: Sequence[Path], node_port: int = 0) -> Iterator[Target]:
-    """Give an archive that has these files and answers C-MOVE (to EDGEMED) and C-GET by study."""
+    """Give an archive that has these files and answers C-FIND by patient, C-MOVE (to EDGEMED) and C-GET by study."""
     from pydicom.uid import CTImageStorage
     from pynetdicom import AE, build_context, evt
+    from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+        StudyRootQueryRetrieveInformationModelFind as Find,
+    )
     from pynetdicom.sop_class import (  # type: ignore[attr-defined]
         StudyRootQueryRetrieveInformationModelGet as Get,
     )
@@ -60,12 +66,23 @@ def query_retrieve(files: Sequence[Path], node_port: int = 0) -> Iterator[Target
         for ds in found:
             yield 0xFF00, ds
 
+    def found(event: Any) -> Iterator[Any]:
+        wanted = event.identifier.get("PatientID") or "PLANTED-ID"
+        rows = {str(ds.StudyInstanceUID): ds for ds in map(dcmread, files) if ds.PatientID == wanted}
+        for uid in sorted(rows):
+            answer = Dataset()
+            answer.StudyInstanceUID = uid
+            yield 0xFF00, answer
+
     ae = AE("PACS")
+    ae.add_supported_context(Find)
     ae.add_supported_context(Move)
     ae.add_supported_context(Get)
     ae.add_supported_context(CTImageStorage, scu_role=True, scp_role=True)
     server = ae.start_server(
-        ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_MOVE, moved), (evt.EVT_C_GET, got)]
+        ("127.0.0.1", 0),
+        block=False,
+        evt_handlers=[(evt.EVT_C_MOVE, moved), (evt.EVT_C_GET, got), (evt.EVT_C_FIND, found)],
     )
     assert server is not None
     try:
@@ -106,6 +123,161 @@ def test_a_source_that_is_not_there_is_told(helper: ModuleType, tmp_path: Path) 
     source = Target("pacs", "PACS", "127.0.0.1", helper.free_port())
     with pytest.raises(CannotRead, match="cannot be reached"):
         get_study(source, helper.settings(tmp_path / "node"), "1.2", tmp_path)
+
+
+def test_studies_are_found_by_c_find_and_no_more_than_asked(helper: ModuleType, tmp_path: Path) -> None:
+    files = [f for study in (1, 2, 3) for f in helper.write_instances(tmp_path / "scans", 1, study)]
+    settings = helper.settings(tmp_path / "node")
+    with query_retrieve(files) as source:
+        uids = [f"{helper.ROOT}.{study}" for study in (1, 2, 3)]
+        assert find_studies(source, settings, {"PatientID": "PLANTED-ID"}) == uids
+        assert find_studies(source, settings, {"PatientID": "PLANTED-ID"}, limit=2) == uids[:2]
+        assert find_studies(source, settings, {"PatientID": "ANOTHER"}) == []
+        with pytest.raises(NoInput, match="no studies"):
+            Query(source, {"PatientID": "ANOTHER"}).studies(settings)
+
+
+def test_what_is_larger_than_the_limit_is_not_kept(helper: ModuleType, tmp_path: Path) -> None:
+    files = helper.write_instances(tmp_path / "scans", 1, size=200_000)
+    settings = helper.settings(tmp_path / "node", max_instance_mib=0.1)
+    with query_retrieve(files) as source, pytest.raises(CannotRead, match="more than 104857 bytes"):
+        fetch(source, settings, f"{helper.ROOT}.1", tmp_path / "in" / "study")
+    with web(files) as (service, _), pytest.raises(CannotWrite, match="more than 104857 bytes"):
+        fetch(service, settings, f"{helper.ROOT}.1", tmp_path / "in" / "study")
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("else:PatientID=1", "no \\[\\[target\\]\\] 'else'; it has: pacs"),
+        ("pacs", "asks for everything"),
+        ("pacs:", "not KEYWORD=VALUE"),
+        ("pacs:PatientID=", "not KEYWORD=VALUE"),
+        ("pacs:Nonsense=1", "not KEYWORD=VALUE"),
+        ("pacs:SeriesInstanceUID=1.2", "StudyInstanceUID was expected"),
+    ],
+)
+def test_a_query_of_another_form_is_refused(helper: ModuleType, tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        parse_query(text, helper.settings(tmp_path, target_port=104))
+
+
+# --- edgemed serve pull -----------------------------------------------------------------------------------------------
+
+Captured = pytest.CaptureFixture[str]
+
+
+def config(tmp_path: Path, target: Target, port: int = 0) -> Path:
+    """Write the configuration of a node with one target."""
+    where = f'url = "{target.url}"' if target.url else f'aet = "PACS"\nhost = "127.0.0.1"\nport = {target.port}'
+    (tmp_path / "node.toml").write_text(
+        f'folder = "{(tmp_path / "node").as_posix()}"\nport = {port}\nmin_free_mib = 0\nquiet_seconds = 3600\n'
+        f'[[target]]\nname = "pacs"\n{where}\n'
+        '[[rule]]\nname = "any"\nprompt = "What is there?"\nkinds = ["sr"]\n'
+    )
+    return tmp_path / "node.toml"
+
+
+@contextmanager
+def source(kind: str, files: Sequence[Path], node_port: int = 0) -> Iterator[Target]:
+    if kind == "AE":
+        with query_retrieve(files, node_port) as target:
+            yield target
+    else:
+        with web(files) as (target, _):
+            yield target
+
+
+@pytest.mark.parametrize("kind", ["AE", "web"])
+def test_pull_fetches_studies_for_a_node_that_starts_later(
+    helper: ModuleType, serve: Serve, tmp_path: Path, capsys: Captured, kind: str
+) -> None:
+    files = [f for study in (1, 2) for f in helper.write_instances(tmp_path / "scans", 2, study)]
+    with source(kind, files) as target:
+        file = str(config(tmp_path, target))
+        assert main(["serve", "pull", "pacs:PatientID=PLANTED-ID", "--config", file, "--list"]) == 0
+        assert capsys.readouterr().out == f"{helper.ROOT}.1\n{helper.ROOT}.2\n"
+        assert main(["serve", "pull", "pacs:PatientID=PLANTED-ID", "--config", file, "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["study"], line["instances"]) for line in told] == [(f"{helper.ROOT}.1", 2), (f"{helper.ROOT}.2", 2)]
+    with serve() as node:
+        until(lambda: node.journal.counts()["instances"] == {"stored": 4})
+        until(lambda: list(node.store.pulled.iterdir()) == [])
+        assert node.journal._rows("SELECT DISTINCT sender FROM study") == [("pacs",)]
+        (item, *_) = node.journal.instances(f"{helper.ROOT}.1")
+        assert dcmread(node.store.instances / item.name) == dcmread(files[0])
+
+
+def test_pull_hands_a_study_to_the_node_that_runs_and_what_it_has_already_changes_nothing(
+    helper: ModuleType, serve: Serve, tmp_path: Path
+) -> None:
+    files = helper.write_instances(tmp_path / "scans", 2)
+    with serve() as node, web(files) as (target, _):
+        assert helper.send(node.address[1], files) == [0x0000] * 2
+        before = node.journal._rows("SELECT * FROM instance")
+        query = f"pacs:StudyInstanceUID={helper.ROOT}.1"
+        assert main(["serve", "pull", query, "--config", str(config(tmp_path, target))]) == 0
+        until(lambda: list(node.store.pulled.iterdir()) == [])
+        assert node.journal._rows("SELECT * FROM instance") == before
+        assert node.journal._rows("SELECT revision FROM study") == [(2,)]
+
+
+def test_pull_moves_to_the_node_or_keeps_in_a_folder(
+    helper: ModuleType, serve: Serve, tmp_path: Path, capsys: Captured
+) -> None:
+    files = helper.write_instances(tmp_path / "scans", 2)
+    query = f"pacs:StudyInstanceUID={helper.ROOT}.1"
+    with serve(senders=(Sender("PACS", helper.ANYONE),)) as node, query_retrieve(files, node.address[1]) as target:
+        file = str(config(tmp_path, target))
+        assert main(["serve", "--config", file, "pull", query, "--move"]) == 0
+        assert node.journal.counts()["instances"] == {"stored": 2}
+        for _ in range(2):  # the second replaces the first
+            assert main(["serve", "pull", query, "--config", file, "-o", str(tmp_path / "kept")]) == 0
+        assert capsys.readouterr().out == f"{helper.ROOT}.1  2\n" * 3
+        assert len(list((tmp_path / "kept" / f"{helper.ROOT}.1").iterdir())) == 2
+        assert main(["serve", "pull", query, "--config", file, "-o", "x", "--move"]) == 1
+
+
+def test_pull_tells_what_cannot_be_fetched_and_ends_with_87(
+    helper: ModuleType, tmp_path: Path, capsys: Captured
+) -> None:
+    files = helper.write_instances(tmp_path / "scans", 1)
+    with query_retrieve(files) as target:
+        file = str(config(tmp_path, target))
+        assert main(["serve", "pull", f"pacs:StudyInstanceUID={helper.ROOT}.9", "--config", file]) == 87
+        told = capsys.readouterr()
+        assert "no instances of this study" in told.out
+        assert told.err == "edgemed: 1 of 1 studies could not be fetched; the lines on stdout say why\n"
+        assert main(["serve", "pull", "pacs:PatientID=ANOTHER", "--config", file]) == 21
+        assert main(["serve", "pull", "pacs:PatientID=1"]) == 1
+
+
+def test_a_pulled_file_that_is_no_dicom_is_refused_and_gone(serve: Serve, log: list[dict[str, Any]]) -> None:
+    with serve() as node:
+        (node.store.pulled / "one").mkdir()
+        (node.store.pulled / "one" / "1.2.dcm").write_bytes(b"no DICOM")
+        until(lambda: list(node.store.pulled.iterdir()) == [])
+        assert node.journal.counts()["instances"] == {"stored": 0}
+    assert any(line["event"] == "refused" and line["sender"] == "pull" for line in log)
+
+
+def test_what_was_pulled_waits_for_room(serve: Serve, helper: ModuleType, tmp_path: Path) -> None:
+    one, two = (helper.write_instances(tmp_path / f"s{study}", 1, study)[0] for study in (1, 2))
+    with serve(queue=1) as node:
+        assert helper.send(node.address[1], [one]) == [0x0000]
+        (node.store.pulled / "two.part").mkdir()
+        two.rename(node.store.pulled / "two.part" / "1.2.dcm")
+        (node.store.pulled / "two.part").rename(node.store.pulled / "two")
+        assert node.store.take_pulled() == []
+        assert len(list((node.store.pulled / "two").iterdir())) == 1
+
+
+def until(met: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "it did not happen"
+        threading.Event().wait(0.02)
 
 
 # --- DICOMweb ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edgemed.errors import CannotRead, InvalidInput
+from edgemed.errors import CannotRead, EdgemedError, InvalidInput
 from edgemed.serve.settings import NodeSettings, Sender, read_settings, to_settings
 
 GOOD = """
@@ -42,6 +42,26 @@ def test_a_file_fills_the_settings(tmp_path: Path) -> None:
     assert settings.rules[0].targets == ("pacs", "web")
     assert settings.target("web") is not None
     assert settings.bind == "127.0.0.1"
+
+
+def test_without_a_file_the_section_of_the_configuration_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = GOOD.replace("[[", "[[serve.").replace('\nfolder = "/var/lib/edgemed"', '[serve]\nfolder = "store"', 1)
+    (tmp_path / "config.toml").write_text(section)
+    monkeypatch.setenv("EDGEMED_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setenv("EDGEMED_SERVE_PORT", "11114")
+    settings = read_settings(quiet_seconds=3)
+    assert settings.folder == tmp_path / "store"
+    assert (settings.port, settings.quiet_seconds) == (11114, 3.0)
+    assert settings.rules[0].targets == ("pacs", "web")
+    (tmp_path / "config.toml").write_text('[serve]\nfolder = "store"\nprot = 1\n')
+    with pytest.raises(InvalidInput, match="unknown key 'prot'"):
+        read_settings()
+    monkeypatch.delenv("EDGEMED_SERVE_PORT")
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(EdgemedError, match="--config is missing"):
+        read_settings()
 
 
 def test_a_missing_file_and_one_that_is_no_toml(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from edgemed.core import Answer, Language, Prompt, Provenance, Region, Scan
 from edgemed.errors import NoInput
 from edgemed.geometry import box_of
 from edgemed.infer import InferOptions
-from edgemed.serve.node import Stopped
 from edgemed.serve.settings import Rule
 from edgemed.serve.study import StudyProcess
+from edgemed.serve.work import Stopped
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
