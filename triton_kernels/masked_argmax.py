@@ -63,17 +63,24 @@ def masked_argmax(logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_
 
     Raises InvalidInput where a position allows nothing, or where an allowed logit is NaN or infinite.
     """
-    # One array that changes in place: 0.05 ms a step of 49,152 tokens where three arrays took 0.26 (EPYC, NumPy 2.4).
-    masked = np.array(logits, np.float32)  # [positions, vocabulary]
-    np.copyto(masked, np.float32(-np.inf), where=~allowed)
-    index = masked.argmax(axis=1)
-    peak = np.take_along_axis(masked, index[:, None], axis=1)  # [positions, 1]
-    if not np.isfinite(peak).all():
-        if not np.broadcast_to(allowed, logits.shape).any(axis=1).all():
-            raise InvalidInput("no token is allowed at some position; a grammar must always allow one")
-        raise InvalidInput("the decoder's logits are not finite; the weights or the image features are damaged")
-    np.exp(np.subtract(masked, peak, out=masked), out=masked)
-    return Best(index, peak[:, 0], peak[:, 0] + np.log(masked.sum(axis=1)))
+    # Written for one position, after 150 MB of weights have gone through the cache: 0.1 ms for 49,152 tokens, 0.3 ms with a
+    # masked copy, take_along_axis and an array for each step (EPYC, NumPy 2.4).
+    if allowed.shape != logits.shape:
+        allowed = np.broadcast_to(allowed, logits.shape)
+    places = np.arange(len(logits))
+    index = logits.argmax(axis=1)
+    peak = logits[places, index]
+    if not (allowed[places, index].all() and np.isfinite(peak).all()):
+        logits = np.where(allowed, logits, np.float32(-np.inf))
+        index = logits.argmax(axis=1)
+        peak = logits[places, index]
+        if not np.isfinite(peak).all():
+            if not allowed.any(axis=1).all():
+                raise InvalidInput("no token is allowed at some position; a grammar must always allow one")
+            raise InvalidInput("the decoder's logits are not finite; the weights or the image features are damaged")
+    mass = np.subtract(logits, peak[:, None], dtype=np.float32)  # [positions, vocabulary]
+    np.multiply(np.exp(mass, out=mass), allowed, out=mass)
+    return Best(index, peak, peak + np.log(mass.sum(axis=1)))
 
 
 def masked_argmax_tile(
