@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any, Literal, get_args
 import onnx
 
 from edgemed import __version__
-from edgemed.bundle import Bundle, graph_file, open_bundle, write_bundle
+from edgemed.bundle import Bundle, graph_file, open_bundle, working_folder, write_bundle
 from edgemed.calibration import search
 from edgemed.calibration.dense import without_blocks
 from edgemed.calibration.equalize import equalized, sample_rows, to_equalize
@@ -125,13 +124,13 @@ def quantize_bundle(
     if not any(plan.precision.values()) and not plan.nodes and plan.cache == "fp32":
         raise InvalidInput("the plan quantizes nothing; give a precision to at least one graph")
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=_existing(output)) as folder:
+        with working_folder(output) as folder:
             searched = not isinstance(precision, QuantPlan)
-            plan, agreement = work.settle(plan, Path(folder), searched=searched, may_keep=precision == "auto")
+            plan, agreement = work.settle(plan, folder, searched=searched, may_keep=precision == "auto")
             if precision == "auto":  # the table is asked for even where nothing had to be left out
                 for role in plan.precision:
                     work.table(role, plan)
-            return work.write(plan, agreement, Path(folder), output)
+            return work.write(plan, agreement, folder, output)
     except OSError as error:
         raise CannotWrite(f"cannot write the bundle {output}: {error.strerror or 'refused'}") from error
 
@@ -141,13 +140,6 @@ def _check_output(output: Path, options: QuantizeOptions) -> None:
     taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if taken and not (options.replace and (output / "bundle.json").is_file()):
         raise CannotWrite(f"cannot write a bundle to {output}: it exists already; choose another folder")
-
-
-def _existing(output: Path) -> Path:
-    """Return the folder that the bundle goes to, made if it is missing: work in progress lies on the same disk."""
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent
 
 
 class _Work:

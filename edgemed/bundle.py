@@ -447,12 +447,8 @@ def _new_folder(target: Path, replace: bool) -> Iterator[Path]:
         raise CannotWrite(f"cannot write a bundle to {target}: {hint}; choose another folder")
     with contextlib.ExitStack() as stack:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+            temporary = _part_of(target, stack)
             new, old = temporary / "new", temporary / "old"
-            stack.callback(_clear, temporary, target)
-            with contextlib.suppress(OSError):  # a share without locks
-                stack.callback(os.close, _locked(temporary))
             new.mkdir()
             yield new
             if target.exists():
@@ -468,6 +464,27 @@ def _new_folder(target: Path, replace: bool) -> Iterator[Path]:
                 raise
         except OSError as error:
             raise CannotWrite(f"cannot write the bundle {target}: {error.strerror or 'refused'}") from error
+
+
+@contextlib.contextmanager
+def working_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder on the disk of `target`, for what `write_bundle` takes; it is gone at the end.
+
+    If the process is killed, the next `write_bundle` to `target` removes it. Raises OSError.
+    """
+    target = Path(os.path.abspath(target))
+    with contextlib.ExitStack() as stack:
+        yield _part_of(target, stack)
+
+
+def _part_of(target: Path, stack: contextlib.ExitStack) -> Path:
+    """Return a new folder beside `target` that `_sweep` leaves alone until the stack is unwound, and that goes then."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    stack.callback(_clear, temporary, target)
+    with contextlib.suppress(OSError):  # a share without locks
+        stack.callback(os.close, _locked(temporary))
+    return temporary
 
 
 def _clear(temporary: Path, target: Path) -> None:

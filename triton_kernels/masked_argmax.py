@@ -63,8 +63,8 @@ def masked_argmax(logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_
 
     Raises InvalidInput where a position allows nothing, or where an allowed logit is NaN or infinite.
     """
-    # Written for one position, after 150 MB of weights have gone through the cache: 0.1 ms for 49,152 tokens, 0.3 ms with a
-    # masked copy, take_along_axis and an array for each step (EPYC, NumPy 2.4).
+    # Written for one position after 150 MB of weights have gone through the cache: 0.1 ms for 49,152 tokens; a masked
+    # copy, take_along_axis and an array for each step took 0.3 ms (EPYC, NumPy 2.4).
     if allowed.shape != logits.shape:
         allowed = np.broadcast_to(allowed, logits.shape)
     places = np.arange(len(logits))
