@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import struct
 import sys
@@ -29,8 +28,8 @@ from edgemed.dicom import header as h
 from edgemed.dicom.codestream import J2K_START, JPEG_START
 from edgemed.dicom.deid_rules import CODES, UID_FORM, Cleaner, Profile
 from edgemed.dicom.limits import Limits
-from edgemed.dicom.worker import _fail, serve_requests
-from edgemed.errors import CannotRead, CannotWrite, EdgemedError, InvalidInput, ResourceLimit, UnsupportedDicom
+from edgemed.dicom.worker import TOO_LARGE, Reply, json_reply, serve_requests
+from edgemed.errors import CannotRead, CannotWrite, InvalidInput, ResourceLimit, UnsupportedDicom
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -48,12 +47,12 @@ Box = tuple[int, int, int, int]
 
 def main() -> int:
     """Serve requests until stdin ends; return 0."""
-    return serve_requests(_serve)
+    return serve_requests(_serve, TOO_LARGE)
 
 
-def _serve(request: Mapping[str, Any], limits: Limits, replies: BinaryIO) -> None:
-    try:
-        reply = deidentify_file(
+def _serve(request: Mapping[str, Any], limits: Limits) -> Reply:
+    return json_reply(
+        deidentify_file(
             request["path"],
             Path(request["folder"]),
             Profile(**request["profile"]),
@@ -61,17 +60,7 @@ def _serve(request: Mapping[str, Any], limits: Limits, replies: BinaryIO) -> Non
             [(x, y, width, height) for x, y, width, height in request["blank"]],
             limits,
         )
-    except EdgemedError as error:
-        _fail(replies, error)
-    except (MemoryError, RecursionError):
-        _fail(replies, ResourceLimit("its header is too large or nested too deeply"))
-    except OSError as error:
-        kind = CannotRead if error.errno else InvalidInput
-        _fail(replies, kind(f"it cannot be read: {error.strerror or 'the file is damaged'}"))
-    except Exception as error:  # noqa: BLE001  the last resort of a parser of hostile files: its class, never its text
-        _fail(replies, InvalidInput(f"the file is damaged ({type(error).__name__})"))
-    else:
-        replies.write(json.dumps(reply).encode() + b"\n")
+    )
 
 
 @dataclass

@@ -24,8 +24,8 @@ from edgemed.dicom.header import (
 from edgemed.dicom.limits import Limits
 from edgemed.dicom.series import MAX_FILES, PHASES
 from edgemed.dicom.values import groups
-from edgemed.dicom.worker import _fail, serve_requests
-from edgemed.errors import CannotRead, EdgemedError, InvalidInput, ResourceLimit, UnsupportedDicom
+from edgemed.dicom.worker import TOO_LARGE, Reply, json_reply, serve_requests
+from edgemed.errors import CannotRead, InvalidInput, ResourceLimit, UnsupportedDicom
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -50,27 +50,14 @@ _MAX_RECORDS, _MAX_DICOMDIR = 30_000, 64 << 20
 
 def main() -> int:
     """Serve requests until stdin ends; return 0."""
-    return serve_requests(_serve)
+    return serve_requests(_serve, TOO_LARGE)
 
 
-def _serve(request: Mapping[str, Any], limits: Limits, replies: BinaryIO) -> None:
-    try:
-        with open(request["path"], "rb") as file:
-            if request["directory"]:
-                reply: dict[str, Any] = {"files": _files(file, limits)}
-            else:
-                reply = read_slices(file, limits, request["keywords"])
-    except EdgemedError as error:
-        _fail(replies, error)
-    except (MemoryError, RecursionError):
-        _fail(replies, ResourceLimit("its header is too large or nested too deeply"))
-    except OSError as error:
-        kind = CannotRead if error.errno else InvalidInput
-        _fail(replies, kind(f"it cannot be read: {error.strerror or 'the file is damaged'}"))
-    except Exception as error:  # noqa: BLE001  the last resort of a parser of hostile files: its class, never its text
-        _fail(replies, InvalidInput(f"the file is damaged ({type(error).__name__})"))
-    else:
-        replies.write(json.dumps(reply, allow_nan=False).encode() + b"\n")
+def _serve(request: Mapping[str, Any], limits: Limits) -> Reply:
+    with open(request["path"], "rb") as file:
+        if request["directory"]:
+            return json_reply({"files": _files(file, limits)})
+        return json_reply(read_slices(file, limits, request["keywords"]))
 
 
 def read_slices(file: BinaryIO, limits: Limits, keywords: tuple[str, ...] = ()) -> dict[str, Any]:

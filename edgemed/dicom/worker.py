@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, BinaryIO
 
 from edgemed.core import Scan, Window
@@ -22,11 +23,20 @@ from edgemed.errors import CannotRead, EdgemedError, InvalidInput, ResourceLimit
 
 def main() -> int:
     """Serve requests until stdin ends; return 0."""
-    return serve_requests(_serve)
+    return serve_requests(_serve, "reading it needs more than {mib} MiB")
 
 
-def serve_requests(serve: Callable[[dict[str, Any], Limits, BinaryIO], None]) -> int:
-    """Call `serve` with each request, the limits, and where its reply goes, within the limits; return 0."""
+TOO_LARGE = "its header is too large or nested too deeply"
+"""What is said where memory did not suffice for a header."""
+Reply = Callable[[BinaryIO], None]
+"""Writes what a request asked for."""
+
+
+def serve_requests(serve: Callable[[dict[str, Any], Limits], Reply], too_large: str) -> int:
+    """Answer each request with what `serve` makes of it, or with its error, within the limits; return 0.
+
+    too_large: what is said where the memory did not suffice; {mib} in it is how much there was.
+    """
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
@@ -37,34 +47,47 @@ def serve_requests(serve: Callable[[dict[str, Any], Limits, BinaryIO], None]) ->
     for line in requests:
         request = json.loads(line)
         _limit_cpu(limits.cpu_seconds)
-        serve(request, limits, replies)
+        _answered(partial(serve, request, limits), too_large.format(mib=limits.memory_bytes >> 20))(replies)
         replies.flush()
     return 0
 
 
-def _serve(request: dict[str, Any], limits: Limits, replies: BinaryIO) -> None:
-    window = Window(**request["window"]) if request["window"] else None
+def _answered(serve: Callable[[], Reply], too_large: str) -> Reply:
+    """Return the reply of a request, or the one that tells its error."""
     try:
-        scan = read_here(request["path"], request["frame"], window, limits)
+        return serve()
     except EdgemedError as error:
-        _fail(replies, error)
+        return partial(_fail, error)
     except (MemoryError, RecursionError):
-        _fail(replies, ResourceLimit(f"reading it needs more than {limits.memory_bytes >> 20} MiB"))
+        return partial(_fail, ResourceLimit(too_large))
     except OSError as error:
         # The system's errors have a number; pydicom raises OSError without one for damaged sequences.
         kind = CannotRead if error.errno else InvalidInput
-        _fail(replies, kind(f"it cannot be read: {error.strerror or 'the file is damaged'}"))
+        return partial(_fail, kind(f"it cannot be read: {error.strerror or 'the file is damaged'}"))
     except Exception as error:  # noqa: BLE001  the last resort of a parser of hostile files: its class, never its text
-        _fail(replies, InvalidInput(f"the file is damaged ({type(error).__name__})"))
-    else:
-        _send(replies, scan)
+        return partial(_fail, InvalidInput(f"the file is damaged ({type(error).__name__})"))
 
 
-def _fail(replies: BinaryIO, error: EdgemedError) -> None:
+def json_reply(values: Mapping[str, Any]) -> Reply:
+    """Return the reply that is one JSON line. Raises ValueError for what is no JSON (infinity, NaN)."""
+    line = json.dumps(values, allow_nan=False).encode() + b"\n"
+
+    def write(replies: BinaryIO) -> None:
+        replies.write(line)
+
+    return write
+
+
+def _serve(request: dict[str, Any], limits: Limits) -> Reply:
+    window = Window(**request["window"]) if request["window"] else None
+    return partial(_send, read_here(request["path"], request["frame"], window, limits))
+
+
+def _fail(error: EdgemedError, replies: BinaryIO) -> None:
     replies.write(json.dumps({"error": type(error).__name__, "message": str(error)}).encode() + b"\n")
 
 
-def _send(replies: BinaryIO, scan: Scan) -> None:
+def _send(scan: Scan, replies: BinaryIO) -> None:
     window = scan.window
     facts = {
         "dtype": str(scan.pixels.dtype),
