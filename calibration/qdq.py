@@ -215,7 +215,7 @@ class _Writer:
         if products is None or len(products) != channels.shape[1]:
             return nearest
         wide = np.repeat(scales.astype(np.float32), channels.shape[1] // scales.shape[1], axis=1)
-        return rounded(channels, wide, products, lowest, highest)
+        return rounded(channels, wide, products, lowest, highest, by_size=highest < 8)  # 4 bits
 
     def _store(self, name: str, array: npt.NDArray[Any]) -> None:
         self.model.graph.initializer.append(numpy_helper.from_array(array, name))

@@ -1,8 +1,7 @@
 """Rounding weights so that outputs, not weights, stay close: each column's error is made good by the columns after it.
 
-Covers integers with given scales, and the sums over real activations that it needs. Columns are taken in the order of
-their squares. Source: Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained
-transformers", ICLR 2023.
+Covers integers with given scales, and the sums over real activations that it needs. Source: Frantar et al., "GPTQ:
+accurate post-training quantization for generative pre-trained transformers", ICLR 2023.
 """
 
 from __future__ import annotations
@@ -57,15 +56,23 @@ def measure_products(
 
 
 def rounded(
-    weights: Floats, scales: Floats, products: Floats, lowest: float, highest: float, *, damping: float = _DAMPING
+    weights: Floats,
+    scales: Floats,
+    products: Floats,
+    lowest: float,
+    highest: float,
+    *,
+    damping: float = _DAMPING,
+    by_size: bool = False,
 ) -> Floats:
     """Return whole numbers [outputs, inputs] in lowest..highest whose products with `scales` stand for `weights`.
 
     scales: [outputs, inputs], that of each weight. products: of the inputs, as `measure_products` gives them.
     damping: how much each input counts by itself, as a part of the mean square: more suits inputs of another kind.
+    by_size: the inputs with the largest squares go first, while all others can still make their loss good. Suits 4
+    bits; in 8 bits, where little is lost, it made nano's vision encoder worse (same text 0.98 -> 0.88 of answers).
     """
-    # What counts most goes first, while all others can still make its loss good.
-    order = np.argsort(-np.diag(products), kind="stable")
+    order = np.argsort(-np.diag(products), kind="stable") if by_size else np.arange(len(products))
     exact = _damped(products, damping)[np.ix_(order, order)]
     inverse = np.linalg.cholesky(np.linalg.inv(exact)).T.astype(np.float32)  # upper triangle
     # One input after the other: half the time where each one's weights lie side by side.

@@ -142,7 +142,7 @@ def _packed_for_outputs(
     scales = _scales(padded.reshape(outputs, blocks, block), importance.reshape(blocks, block))
     wide = np.repeat(scales, block, axis=1)[:, :inputs]
     values = np.zeros_like(padded)
-    values[:, :inputs] = rounded(matrix, wide, products, -8, 7, damping=_DAMPING)
+    values[:, :inputs] = rounded(matrix, wide, products, -8, 7, damping=_DAMPING, by_size=True)
     stored = (values + 8).astype(np.uint8).reshape(outputs, blocks, block)
     return np.asarray(stored[..., 0::2] | stored[..., 1::2] << 4, np.uint8), scales
 

@@ -30,10 +30,6 @@ _POLL_SECONDS = 0.2
 _TUPLES = ("kinds", "targets", "senders")
 
 
-class WorkerDied(EdgemedError):
-    """An inference process ended in the middle of a job."""
-
-
 def devices_of(settings: NodeSettings) -> tuple[str, ...]:
     """Return the device of each worker: those of the settings, else each GPU that onnxruntime can use, else one."""
     if settings.workers:
@@ -74,7 +70,7 @@ class Worker:
         self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def __call__(self, rule: Rule, study: Path, out: Path, stopping: Callable[[], bool]) -> Sequence[Path]:
-        """Return the files. Raises what answering raised, WorkerDied, or Timeout."""
+        """Return the files. Raises what answering raised, Timeout, or EdgemedError where the process died."""
         child = self._started()
         self._write(child, json.dumps({"rule": asdict(rule), "study": str(study), "out": str(out)}))
         told = self._reply(child, stopping)
@@ -118,7 +114,7 @@ class Worker:
             return reply
         code = child.wait()
         self.close()
-        raise WorkerDied(f"the inference process ended ({_how(code)}); a fresh one takes the next job")
+        raise EdgemedError(f"the inference process ended ({_how(code)}); a fresh one takes the next job")
 
     def _write(self, child: subprocess.Popen[bytes], line: str) -> None:
         assert child.stdin is not None

@@ -8,7 +8,7 @@ import torch
 
 from edgemed.geometry import box_to_bins
 from edgemed.models.projector import FIRST_PROPOSAL, PROPOSALS, ROWS, Projector, box_bins, pool_pictures, pool_regions
-from edgemed.models.structure_head import StructureConfig, StructureHead, boxes_from_edges
+from edgemed.models.structure_head import StructureConfig, StructureHead, boxes_from_edges, sides_from_edges
 from edgemed.models.tiny_vit import CHANNELS
 
 CONFIG = StructureConfig(structures=30, modalities=3, body_parts=4, context=24, layers=1, heads=2)
@@ -98,10 +98,21 @@ def test_pictures_are_pooled_row_by_row() -> None:
     assert torch.allclose(pool_pictures(x)[0, 9], x[0, :, 8:16, 8:16].mean((1, 2)), atol=1e-5)
 
 
+def test_a_side_is_as_sure_as_its_distribution_is_narrow() -> None:
+    edges = torch.full((1, 4, 256), -30.0)
+    edges[0, 0, 100] = 0  # one place
+    edges[0, 1, [90, 110]] = torch.tensor([0.001, 0.0])  # two places, 20 apart
+    edges[0, 2, 98:103] = 0  # five neighbours
+    edges[0, 3] = 0  # anywhere
+    probability, spread = sides_from_edges(edges)
+    assert probability[0].tolist() == pytest.approx([1.0, 0.5, 1.0, 5 / 256], abs=1e-3)
+    assert spread[0].tolist() == pytest.approx([0.0, 10.0, 2**0.5, (256**2 / 12) ** 0.5], abs=0.01)
+
+
 @torch.no_grad()
 def test_what_the_graph_gives_fits_together(projector: Projector) -> None:
     weights = torch.full((2, 64, 64), 1 / 4096)
-    rows, regions, presence, boxes, maps = projector(features(), weights)
+    rows, regions, presence, boxes, maps, probability, spread = projector(features(), weights)
     assert rows.shape == (ROWS, WIDTH)
     assert regions.shape == (2, WIDTH)
     assert torch.allclose(regions[0], regions[1], atol=1e-6)
@@ -109,6 +120,9 @@ def test_what_the_graph_gives_fits_together(projector: Projector) -> None:
     assert 0 < presence.min() <= presence.max() < 1
     assert 0 <= maps.min() <= maps.max() <= 1
     assert (boxes[:, :2] < boxes[:, 2:]).all()
+    assert probability.shape == spread.shape == (30, 4)
+    assert 0 < probability.min() <= probability.max() <= 1.00001
+    assert 0 <= spread.min() <= spread.max() <= 128
     output = projector.head(features())
     proposals = projector.propose(output, boxes[None])
     likeliest = presence.argsort(descending=True)[:PROPOSALS]

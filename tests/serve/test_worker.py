@@ -18,7 +18,7 @@ import pytest
 from edgemed.errors import EdgemedError, InvalidInput, Timeout
 from edgemed.serve.settings import Rule
 from edgemed.serve.work import Stopped
-from edgemed.serve.worker import Worker, WorkerDied, devices_of
+from edgemed.serve.worker import Worker, devices_of
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in kills itself with a POSIX signal")
 
@@ -78,7 +78,7 @@ def test_a_process_that_dies_fails_its_job_and_the_next_has_a_fresh_one(
     worker: Callable[..., Worker], study: Path, tmp_path: Path
 ) -> None:
     one = worker()
-    with pytest.raises(WorkerDied, match="SIGKILL"):
+    with pytest.raises(EdgemedError, match="SIGKILL"):
         asked(one, study, tmp_path, "crash once")
     assert asked(one, study, tmp_path, "crash once")
 
