@@ -45,7 +45,7 @@ P
 }
 
 installer() {
-    useradd --create-home physicist
+    useradd --create-home physicist # a user of the fresh root, whose paths follow
     local prefix=/home/physicist/.local/share/edgemed-app as="runuser -u physicist --" command
     as="$as env HOME=/home/physicist PATH=/usr/bin:/bin"
     command=$prefix/current/bin/edgemed sample=$prefix/current/share/edgemed/sample_ct.dcm

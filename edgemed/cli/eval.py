@@ -110,6 +110,9 @@ def confidence(
     """
     if records is None and series is None:
         raise EdgemedError("eval confidence needs --records, --series or both")
+    for part in (*(() if records is None else (records,)), *(series or ())):
+        if not Path(part).exists():
+            raise CannotRead(f"cannot read {part}: there is no such file or folder")
     need(("matplotlib",), "train", "eval confidence")
     from edgemed.box_confidence import to_markdown
     from edgemed.box_evaluation import boxes_of_records, boxes_of_series, judge, to_json, write_confidence
@@ -119,14 +122,9 @@ def confidence(
     progress = None if quiet else _progress
     with open_session(bundle=bundle) as session:
         if records is not None:
-            if not Path(records).is_file():
-                raise CannotRead(f"cannot read {records}: there is no such file; a records.jsonl was expected")
             path = Path(records)
             samples += boxes_of_records(session, path, path.parent, _choice("test"), limit=limit, progress=progress)
         if series is not None:
-            for part in series:
-                if not Path(part).exists():
-                    raise CannotRead(f"cannot read {part}: there is no such file or folder")
             folder, labels = map(Path, series)
             samples += boxes_of_series(session, folder, labels, every=every, progress=progress)
     report = judge(samples)
