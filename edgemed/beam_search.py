@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from edgemed.backends import Runner
 from edgemed.box_grammar import Grammar, State
-from edgemed.decoding import Calls, Decoded, DecodeOptions, check_prompt
+from edgemed.decoder_calls import Calls
+from edgemed.decoding import Decoded, DecodeOptions, check_prompt
 from edgemed.graphs import Feeds
 
 

@@ -7,7 +7,6 @@ text (the family has the tokenizer), or where drafts come from (`drafts`).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
@@ -15,8 +14,9 @@ from typing import Any, Generic
 import numpy as np
 import numpy.typing as npt
 
-from edgemed.backends import Outputs, Runner
+from edgemed.backends import Runner
 from edgemed.box_grammar import Grammar, State
+from edgemed.decoder_calls import Calls, PromptCache
 from edgemed.drafts import Drafter, Guess
 from edgemed.errors import InvalidInput
 from edgemed.graphs import Feeds
@@ -68,7 +68,8 @@ class Decoded:
     hidden: (index in ids, float32 [width]) where an id of `keep_hidden` went in, in order; index -1 is the prompt's
     last token.
     ended: the model ended the answer; False where the token limit did, and then the ids stop where the grammar last
-    allowed an end. decoder_calls counts the prefill too. Times in milliseconds.
+    allowed an end. decoder_calls counts the prefill too, but no calls that read images alone. held: so many tokens of
+    the prompt were in the cache before. Times in milliseconds.
     router: probabilities [tokens that went in, prompt first, layers with experts, experts], or None.
     drafted, accepted: tokens that were proposed, and that the decoder confirmed; forced: tokens without a choice.
     """
@@ -86,6 +87,7 @@ class Decoded:
     accepted: int = 0
     forced: int = 0
     spreads: tuple[float | None, ...] = ()
+    held: int = 0
 
 
 NOTHING_DECODED = Decoded((), (), (), True, 0, 0, 0.0, 0.0)
@@ -99,6 +101,7 @@ def decode(
     grammar: Grammar[State],
     options: DecodeOptions,
     drafter: Drafter | None = None,
+    prompts: PromptCache | None = None,
 ) -> Decoded:
     """Return the answer to `prompt_ids`, each token the best (or drawn) one that `grammar` allows.
 
@@ -108,6 +111,8 @@ def decode(
     drafter: with one, a token that the grammar leaves no choice about costs no call, and what the drafter proposes is
     checked in one call; the answer is the same, token for token, drawn ones too. Without, every token is a call.
 
+    prompts: with one, images that the last prompt began with, too, are not read again.
+
     Raises InvalidInput where the prompt is empty or leaves no room in the cache, or where logits are not finite.
     """
     check_prompt(prompt_ids, options)
@@ -115,7 +120,13 @@ def decode(
     calls = Calls(runner, fixed)
     hidden: dict[int, Vector] = {}
     guesses: dict[int, Guess] = {}
-    feed = list(prompt_ids)  # tokens that are certain and not in the cache yet
+    held = 0
+    if prompts is not None:
+        if options.router:
+            prompts.forget()  # every token of the prompt is wanted
+        else:
+            held = calls.read_images(prompt_ids, len(grammar.allowed(grammar.start())), prompts)
+    feed = list(prompt_ids[calls.past :])  # tokens that are certain and not in the cache yet
     draft = walk.draft(drafter, guesses) if drafter and not options.router else []
     prefill_ms = 0.0
     drafted = accepted = forced = 0
@@ -166,6 +177,7 @@ def decode(
         accepted=accepted,
         forced=forced,
         spreads=tuple(walk.spreads[:end]),
+        held=held,
     )
 
 
@@ -341,36 +353,6 @@ def check_prompt(prompt_ids: Sequence[int], options: DecodeOptions) -> None:
             f"the prompt has {len(prompt_ids)} tokens; 1 to {options.cache - 1} fit. Ask a shorter question or about "
             "fewer regions"
         )
-
-
-class Calls:
-    """Calls the decoder with the next ids, and counts. `past`: how many ids its cache holds; less rolls it back."""
-
-    def __init__(self, runner: Runner, fixed: Feeds) -> None:
-        self.runner = runner
-        self.fixed = fixed
-        self.count = 0
-        self.past = 0
-        self.milliseconds = 0.0
-        self.routed: list[npt.NDArray[np.float32]] = []  # of each call, [kept, layers with experts, experts]
-
-    def run(self, ids: Sequence[int], logits_from: int = -1) -> Outputs:
-        """Return the decoder's outputs from position `logits_from` of `ids` on, which follow the first `past` ids."""
-        start = time.perf_counter()
-        out = self.runner.run(
-            {
-                **self.fixed,
-                "input_ids": np.array([ids], np.int64),
-                "past_length": np.array([self.past], np.int64),
-                "logits_from": np.array([logits_from % len(ids)], np.int64),
-            }
-        )
-        if "router" in out:
-            self.routed.append(out["router"][0])
-        self.past += len(ids)
-        self.count += 1
-        self.milliseconds += (time.perf_counter() - start) * 1000
-        return out
 
 
 def _only(allowed: npt.NDArray[np.bool_]) -> int | None:

@@ -31,6 +31,7 @@ from edgemed.backends import BACKENDS, Artifact, Device, Outputs, Runner, find_b
 from edgemed.beam_search import beam_search
 from edgemed.bundle import Bundle, find_bundle, is_checkpoint, open_bundle
 from edgemed.core import Answer, Finding, Language, Prompt, Provenance, Region, Scan
+from edgemed.decoder_calls import PromptCache
 from edgemed.decoding import NOTHING_DECODED, Decoded, DecodeOptions, decode
 from edgemed.drafts import PhraseDrafts
 from edgemed.errors import BackendUnavailable, InvalidInput
@@ -139,6 +140,7 @@ class Session:
     ) -> None:
         self.bundle = bundle
         self._images: OrderedDict[bytes, _Image] = OrderedDict()
+        self._prompts = PromptCache()
         self._lock = threading.Lock()
 
         def check() -> None:
@@ -237,7 +239,7 @@ class Session:
         features, projected = self._images_of(run, prepared)
         with run.timed("prepare"):
             question = self.family.ask(prompt, prepared, projected, constrained=options.grammar)
-        decoded = _decode(run, question, options)
+        decoded = _decode(run, question, options, self._prompts)
         hidden = dict(decoded.hidden)
         written = Written(decoded.ids, decoded.log_probs, hidden, decoded.ended, decoded.spreads)
         feeds = self.family.mask_feeds(prompt, prepared, projected, written)
@@ -299,6 +301,7 @@ class Session:
         manifest = self.bundle.manifest
         counts = {
             "prompt": decoded.prompt_tokens,
+            "held": decoded.held,
             "generated": len(decoded.ids),
             "decoder_calls": decoded.decoder_calls,
             "forced": decoded.forced,
@@ -384,7 +387,7 @@ def _vocabulary(specs: Mapping[str, GraphSpec]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _decode(run: _Run, question: Question, options: InferOptions) -> Decoded:
+def _decode(run: _Run, question: Question, options: InferOptions, prompts: PromptCache) -> Decoded:
     if not question.prompt_ids:
         return NOTHING_DECODED
     if options.router and all(t.name != "router" for t in run.specs["decoder"].outputs):
@@ -404,10 +407,11 @@ def _decode(run: _Run, question: Question, options: InferOptions) -> Decoded:
         )
         what = (runner, question.prompt_ids, question.fixed, question.grammar, wanted)
         if options.beams > 1:
+            prompts.forget()
             decoded = beam_search(*what, options.beams)
         else:
             drafter = question.drafter or PhraseDrafts([question.prompt_ids])
-            decoded = decode(*what, drafter if options.decode == "auto" else None)
+            decoded = decode(*what, drafter if options.decode == "auto" else None, prompts)
     run.timings["decoder_prefill"] = decoded.prefill_ms
     return decoded
 

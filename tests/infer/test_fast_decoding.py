@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edgemed.core import Prompt, Scan
+from edgemed.decoder_calls import PromptCache
 from edgemed.decoding import Decoded, DecodeOptions, decode
 from edgemed.dicom import read_scan
 from edgemed.drafts import PhraseDrafts
@@ -43,18 +44,27 @@ class Decoding:
         self.family = session.family
         self.runner = session._runners["decoder"].result()
         graphs = {role: session._runners[role].result() for role in ("vision_encoder", "projector")}
+        self.prompts = PromptCache()
         self.prepared = self.family.prepare([scan], Prompt("?", frame=scan.first_frame))
         features = graphs["vision_encoder"].run(self.prepared.vision)
         self.projected = graphs["projector"].run(
             {**self.prepared.projector, "image_features": features["image_features"]}
         )
 
-    def both(self, text: str) -> tuple[Decoded, Decoded]:
-        """Return what is written plainly, and with every shortcut."""
+    def ask(self, text: str, plain: bool = False, prompts: PromptCache | None = None) -> Decoded:
+        """Return what is written, plainly or with every shortcut."""
         question = self.family.ask(Prompt(text, language=answer_language(text)), self.prepared, self.projected)
         options = DecodeOptions(eos_id=question.eos_id, keep_hidden=question.keep_hidden)
-        what = (self.runner, question.prompt_ids, question.fixed, question.grammar, options)
-        return decode(*what), decode(*what, question.drafter or PhraseDrafts([]))
+        drafter = None if plain else question.drafter or PhraseDrafts([])
+        return decode(
+            self.runner,
+            question.prompt_ids,
+            question.fixed,
+            question.grammar,
+            options,
+            drafter,
+            prompts or self.prompts,
+        )
 
 
 def test_three_hundred_questions_are_answered_the_same(nano: Session, sample_scan: str) -> None:
@@ -62,7 +72,7 @@ def test_three_hundred_questions_are_answered_the_same(nano: Session, sample_sca
     decoding = Decoding(nano, read_scan(sample_scan))
     plain_calls = auto_calls = 0
     for text in QUESTIONS:
-        plain, auto = decoding.both(text)
+        plain, auto = decoding.ask(text, plain=True), decoding.ask(text)
         assert (auto.ids, auto.ended) == (plain.ids, plain.ended), text
         assert auto.log_probs == pytest.approx(plain.log_probs, abs=0.05)  # int8 products of one row and of several
         assert [i for i, _ in auto.hidden] == [i for i, _ in plain.hidden]
@@ -70,3 +80,16 @@ def test_three_hundred_questions_are_answered_the_same(nano: Session, sample_sca
             np.testing.assert_allclose(fast, slow, atol=0.1)  # round differently
         plain_calls, auto_calls = plain_calls + plain.decoder_calls, auto_calls + auto.decoder_calls
     assert plain_calls > 3.5 * auto_calls
+
+
+def test_an_answer_is_the_same_bit_for_bit_whatever_was_asked_before(nano: Session, sample_scan: str) -> None:
+    decoding = Decoding(nano, read_scan(sample_scan))
+    for text in (QUESTIONS[0], QUESTIONS[-1], *WHOLE[:3]):
+        first = decoding.ask(text, prompts=PromptCache())
+        decoding.ask("Segment the spleen.")
+        again = decoding.ask(text)
+        assert (first.held, again.held) == (0, 187)  # the beginning and 186 rows of the image
+        assert again.ids == first.ids
+        assert again.log_probs == first.log_probs
+        for (_, fresh), (_, held) in zip(first.hidden, again.hidden, strict=True):
+            np.testing.assert_array_equal(held, fresh)

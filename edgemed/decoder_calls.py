@@ -1,0 +1,99 @@
+"""Calls of the decoder graph, and what its cache still holds of the prompt before.
+
+Covers counting, timing, the number of tokens that the cache holds, and a prompt's beginning that needs no second
+reading: most of a prompt are the rows of its images, which the next question about them has, too. Does not see answers,
+grammars or drafts (`decoding`, `beam_search`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edgemed.backends import Outputs, Runner
+from edgemed.graphs import Feeds
+
+IMAGE_RUN = 16
+"""So many rows in a row are an image, after which a prompt is cut; a region has fewer."""
+
+
+@dataclass(eq=False)
+class PromptCache:
+    """The pieces of the last prompt that a Runner's cache begins with, by digest. One for each Runner.
+
+    Whoever calls the Runner without it must `forget` first.
+    """
+
+    digests: list[bytes] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Hold nothing: the next prompt is read from its first token."""
+        self.digests.clear()
+
+
+class Calls:
+    """Calls the decoder with the next ids, and counts. `past`: how many ids its cache holds; less rolls it back."""
+
+    def __init__(self, runner: Runner, fixed: Feeds) -> None:
+        self.runner = runner
+        self.fixed = fixed
+        self.count = 0
+        self.past = 0
+        self.milliseconds = 0.0
+        self.routed: list[npt.NDArray[np.float32]] = []  # of each call, [kept, layers with experts, experts]
+
+    def run(self, ids: Sequence[int], logits_from: int = -1) -> Outputs:
+        """Return the decoder's outputs from position `logits_from` of `ids` on, which follow the first `past` ids."""
+        start = time.perf_counter()
+        out = self.runner.run(
+            {
+                **self.fixed,
+                "input_ids": np.array([ids], np.int64),
+                "past_length": np.array([self.past], np.int64),
+                "logits_from": np.array([logits_from % len(ids)], np.int64),
+            }
+        )
+        if "router" in out:
+            self.routed.append(out["router"][0])
+        self.past += len(ids)
+        self.count += 1
+        self.milliseconds += (time.perf_counter() - start) * 1000
+        return out
+
+    def read_images(self, prompt_ids: Sequence[int], vocabulary: int, prompts: PromptCache) -> int:
+        """Return how many ids of the prompt the cache held already; afterwards it holds all up to the last image.
+
+        A call for each image that it did not hold: always cut at the same places, so that an answer is the same, bit
+        for bit, whatever was asked before. These calls are timed and not counted. vocabulary: the id of row 0 of
+        `image_tokens`.
+        """
+        rows = np.ascontiguousarray(self.fixed["image_tokens"])
+        ids = np.asarray(prompt_ids, np.int64)
+        state, start, held, kept = hashlib.blake2b(digest_size=32), 0, 0, prompts.digests[:]
+        prompts.forget()  # until a call that fails is over
+        same = True
+        for end in _image_ends(ids >= vocabulary):
+            piece = ids[start:end]
+            state.update(piece.tobytes())
+            state.update(rows[piece[piece >= vocabulary] - vocabulary].tobytes())
+            digest = state.digest()
+            same = same and kept[len(prompts.digests) : len(prompts.digests) + 1] == [digest]
+            if same:
+                held = self.past = end
+            else:
+                self.run(piece.tolist())
+            prompts.digests.append(digest)
+            start = end
+        self.count, self.routed = 0, []
+        return held
+
+
+def _image_ends(from_image: npt.NDArray[np.bool_]) -> list[int]:
+    """Return where runs of IMAGE_RUN rows and more end, before the prompt's last token."""
+    edges = np.flatnonzero(np.diff(from_image.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    return [int(end) for start, end in edges if end - start >= IMAGE_RUN and end < len(from_image)]
