@@ -24,7 +24,7 @@ from edgemed.triton_kernels.masked_argmax import masked_argmax
 
 Vector = npt.NDArray[np.float32]
 
-MAX_DRAFT = 16
+MAX_DRAFT = 24
 """Most tokens of a draft: a check of 16 costs a CPU about what two or three single tokens do."""
 
 

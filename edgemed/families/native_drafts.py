@@ -68,6 +68,10 @@ class NativeDrafts:
         self._encode = encode
         self._language: Language = language
         self._places = places
+        asked = [place.name for place in places if place.asked]
+        others = [place.name for place in places if not place.asked]
+        # What is not there is named, too, before the grammar refuses it.
+        self._names = (*asked, *(tuple(encode(name)) for name, _ in absent), *others)
         self._extent = extent
         self._stop = tuple(encode("。" if language == "zh" else "."))
         self._outlines = any(word in question.lower() for word in _OUTLINE)
@@ -79,7 +83,7 @@ class NativeDrafts:
         ]
         phrases = [self._encode(text) for text in (*not_there, *_BEGINNINGS[language], *places_said)]
         self._phrases = PhraseDrafts(phrases, most=10)
-        self._first = self._beginning(not_there, bool(places) and places[0].asked)
+        self._first = self._beginning(not_there, bool(asked))
         self._lists = self._encode(_BEGINNINGS[language][language == "en"])[:1]
         self._describes = self._encode(_BEGINNINGS[language][2 if language == "en" else 1])[:1]
 
@@ -95,10 +99,9 @@ class NativeDrafts:
         match state.place:
             case Place.NAME_START | Place.NAME:
                 begun = tuple(ids[_last(ids, t.ref) + 1 :])
-                named = state.named
-                for place in self._places:
-                    if place.name not in named and place.name[: len(begun)] == begun:
-                        return (*place.name[len(begun) :], t.ref_end)
+                for name in self._names:
+                    if name not in state.named and name[: len(begun)] == begun:
+                        return (*name[len(begun) :], t.ref_end)
                 return ()
             case Place.X0 | Place.Y0 | Place.X1 | Place.Y1:
                 at = _last(ids, t.box)
