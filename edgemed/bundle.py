@@ -10,6 +10,11 @@ Covers checking, finding, installing, signing and writing bundles. Does not cove
 Checked in this order: the signatures of bundle.json, its text, the names of the files, every hash, and then what the
 graphs ask for. No file's content is used before all of them have been hashed. Not covered: someone who may write to the
 folder and changes a file after the check.
+
+Where a name is looked up: the embedded bundles, the machine's (bundles.shared, written by who looks after it), a folder
+of this name here, the user's own. The machine's go before, whatever the policy: a signature says who made a bundle, not
+that it is the one which the site chose, so an older one with good signatures in a user's folder must not answer under
+the name of the newer one. To try another bundle, a user gives it another name.
 """
 
 from __future__ import annotations
@@ -25,12 +30,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from edgemed import signing
-from edgemed.errors import BundleError, CannotRead, CannotWrite, SignatureError
+from edgemed.config import read_settings
+from edgemed.errors import BundleError, CannotRead, CannotWrite, EdgemedError, SignatureError
 from edgemed.files import sha256_of, write_atomically
 from edgemed.graph_check import external_files
 from edgemed.graphs import GraphSpec
@@ -71,6 +77,8 @@ __all__ = [
     "read_manifest",
     "refuse_downgrade",
     "remove_bundle",
+    "shared_folder",
+    "shared_target",
     "sign_bundle",
     "signers_of",
     "to_bytes",
@@ -140,13 +148,18 @@ def open_bundle(name_or_folder: str | Path, policy: Policy | None = None) -> Bun
     with the program).
 
     Raises SignatureError if the policy is not met; BundleError if there is no such bundle, a file is missing, changed,
-    unknown or a link, a graph needs an operator or a file from elsewhere, or the format is another.
+    unknown or a link, a graph needs an operator or a file from elsewhere, or the format is another; CannotRead if it is
+    of the machine and others than its owner may change it.
     """
     folder = find_bundle(name_or_folder)
     data = _manifest_bytes(folder)
     _check_signatures(folder, data, policy)
     manifest = from_bytes(data)
-    sizes = dict(_files(folder))
+    of_machine = _is_shared(folder)
+    if of_machine:
+        shared_folder()
+        _refuse_writable(folder, folder.stat())
+    sizes = dict(_files(folder, of_machine))
     if unknown := sorted(set(sizes) - set(manifest.files) - {MANIFEST, SIGNATURE}):
         raise BundleError(
             f"{unknown[0]} is not in the manifest of bundle {manifest.name}; remove it, or get the bundle anew"
@@ -168,10 +181,14 @@ def open_bundle(name_or_folder: str | Path, policy: Policy | None = None) -> Bun
     return bundle
 
 
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def _check_signatures(folder: Path, manifest: bytes, policy: Policy | None) -> tuple[str, ...]:
     if policy is None:
         policy = read_policy()
-        if policy.require_signature and Path(os.path.realpath(folder)).parent == Path(os.path.realpath(_EMBEDDED)):
+        if policy.require_signature and _same(Path(os.path.realpath(folder)).parent, _EMBEDDED):
             policy = NO_POLICY
     if policy == NO_POLICY:
         return ()
@@ -216,8 +233,11 @@ def _small_file(path: Path, limit: int, refusal: type[BundleError] = BundleError
         raise refusal(f"cannot read {path}: {error.strerror or 'refused'}") from error
 
 
-def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield (POSIX path, size) of every file under `folder`. Raises BundleError at a link or a special file."""
+def _files(folder: Path, closed: bool) -> Iterator[tuple[str, int]]:
+    """Yield (POSIX path, size) of every file under `folder`.
+
+    Raises BundleError at a link or a special file; CannotRead, where it is to be `closed`, at what others may change.
+    """
 
     def refuse(error: OSError) -> None:
         raise BundleError(f"cannot read {error.filename}: {error.strerror or 'refused'}") from error
@@ -231,6 +251,8 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
                 yield inside, info.st_size
             elif not stat.S_ISDIR(info.st_mode):
                 raise BundleError(f"{inside} is a link or a special file; a bundle holds plain files only")
+            if closed:
+                _refuse_writable(path, info)
 
 
 def user_folder() -> Path:
@@ -246,19 +268,62 @@ def user_folder() -> Path:
     return base / "edgemed" / "bundles"
 
 
-def find_bundle(name_or_folder: str | Path) -> Path:
-    """Return the folder of a bundle: the folder that was given, else the embedded or installed one of this name.
+def _shared_setting() -> Path | None:
+    folder: Path | None = read_settings()["bundles.shared"].value
+    return folder
 
-    Raises BundleError if there is none.
+
+def _is_shared(folder: Path) -> bool:
+    """Return whether a bundle lies in the folder of the machine's bundles."""
+    shared = _shared_setting()
+    return shared is not None and _same(folder.parent, shared)
+
+
+def shared_folder() -> Path | None:
+    """Return the folder of the machine's bundles (bundles.shared), None where it is not set or not there yet.
+
+    Raises CannotRead if it cannot be read, or others than its owner may write to it; what `read_settings` raises.
     """
-    given = Path(name_or_folder)
+    folder = _shared_setting()
+    if folder is None:
+        return None
+    try:
+        info = folder.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CannotRead(f"cannot read {folder} (bundles.shared): {error.strerror or 'refused'}") from error
+    if not stat.S_ISDIR(info.st_mode) or not os.access(folder, os.R_OK | os.X_OK):
+        raise CannotRead(f"{folder} (bundles.shared) is no folder that this user may read; chmod 755 was expected")
+    _refuse_writable(folder, info)
+    return folder
+
+
+def _refuse_writable(path: Path, info: os.stat_result) -> None:
+    """Raise CannotRead where others than the owner may write; Windows has no such rights in the mode of a file."""
+    if os.name == "posix" and info.st_mode & 0o022:
+        raise CannotRead(f"{path} is of the machine's bundles and others may write to it; take that away (chmod go-w)")
+
+
+def _installed(name: str, *places: Path | None) -> Path | None:
+    """Return the folder of this name in the first place that has a bundle of it."""
+    found = (place / name for place in places if place is not None)
+    return next((folder for folder in found if os.path.isfile(folder / MANIFEST)), None)
+
+
+def find_bundle(name_or_folder: str | Path) -> Path:
+    """Return the folder of a bundle, looked up in the order that the module tells; `./NAME` is a folder for certain.
+
+    Raises BundleError if there is none, CannotRead as `shared_folder` does.
+    """
+    given, name = Path(name_or_folder), str(name_or_folder)
+    named = BUNDLE_NAME.fullmatch(name) is not None
+    if named and (folder := _installed(name, _EMBEDDED) or _installed(name, shared_folder())):
+        return folder
     if (given / MANIFEST).is_file():
         return given
-    name = str(name_or_folder)
-    if BUNDLE_NAME.fullmatch(name):
-        for place in (_EMBEDDED, user_folder()):
-            if (place / name / MANIFEST).is_file():
-                return place / name
+    if named and (folder := _installed(name, user_folder())):
+        return folder
     if is_checkpoint(given):
         raise BundleError(
             f"{given} is a checkpoint, not a bundle: export it first with `edgemed export FOLDER -o BUNDLE`, or use "
@@ -272,38 +337,54 @@ def find_bundle(name_or_folder: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Listed:
-    """One line of the list of bundles: its name and folder, and its manifest or what is wrong with it."""
+    """One line of the list of bundles: its name and folder, and its manifest or what is wrong with it.
+
+    place: "embedded", "shared" (of the machine) or "user". hides: the other bundle of this name, which is not used.
+    """
 
     name: str
     path: Path
-    embedded: bool
+    place: str
     manifest: Manifest | None
     problem: str | None = None
+    hides: Path | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it came with the program."""
+        return self.place == "embedded"
 
 
 def list_bundles() -> tuple[Listed, ...]:
-    """Return the embedded and installed bundles, by name; only their manifests are read. The first of a name counts."""
+    """Return the embedded, the machine's and the user's bundles, by name; only their manifests are read.
+
+    The first of a name counts. Raises CannotRead as `shared_folder` does.
+    """
     found: dict[str, Listed] = {}
-    for place, embedded in ((_EMBEDDED, True), (user_folder(), False)):
-        for folder in sorted(place.iterdir()) if place.is_dir() else ():
-            if folder.name in found or not (folder / MANIFEST).is_file():
+    for place, parent in (("embedded", _EMBEDDED), ("shared", shared_folder()), ("user", user_folder())):
+        for folder in sorted(parent.iterdir()) if parent is not None and parent.is_dir() else ():
+            if not os.path.isfile(folder / MANIFEST):
+                continue
+            if folder.name in found:
+                found[folder.name] = replace(found[folder.name], hides=folder)
                 continue
             try:
-                found[folder.name] = Listed(folder.name, folder, embedded, read_manifest(folder))
+                found[folder.name] = Listed(folder.name, folder, place, read_manifest(folder))
             except BundleError as error:
-                found[folder.name] = Listed(folder.name, folder, embedded, None, str(error))
+                found[folder.name] = Listed(folder.name, folder, place, None, str(error))
     return tuple(found[name] for name in sorted(found))
 
 
 def install_bundle(
-    source: str | Path, name: str | None = None, *, replace: bool = False, force: bool = False
+    source: str | Path, name: str | None = None, *, replace: bool = False, force: bool = False, shared: bool = False
 ) -> Bundle:
     """Return the bundle copied into the user folder under `name` (default: its own), after checking every file.
 
-    force: an older version than the installed one is taken.
+    force: an older version than the installed one is taken. shared: it goes to the machine's bundles, for all to read
+    (0755, 0644) and for the owner of that folder to change.
 
-    Raises SignatureError or BundleError if the source does not hold or is older, CannotWrite if the name is taken (then
-    `replace` is needed) or the disk refuses.
+    Raises SignatureError or BundleError if the source does not hold, is older, or has a name that is not free for it;
+    CannotWrite if it is installed (then `replace` is needed) or the disk refuses; CannotRead as `shared_folder` does.
     """
     bundle = open_bundle(source)
     name = name or bundle.manifest.name
@@ -311,17 +392,50 @@ def install_bundle(
         raise BundleError(f"the bundle's name is {name!r}; lower-case letters, digits, '.', '_', '-' were expected")
     if (_EMBEDDED / name).exists():
         raise BundleError(f"{name} is the name of an embedded bundle; pass another name")
-    if replace and not force:
+    if not shared and _installed(name, shared_folder()):
+        raise BundleError(f"{name} is the name of a bundle of the machine, which goes before; pass another name")
+    if (replace or shared) and not force:
         refuse_downgrade(bundle.manifest, name)
     files = [*bundle.manifest.files, MANIFEST]
     if (bundle.path / SIGNATURE).is_file():
         files.append(SIGNATURE)
-    target = user_folder() / name
+    target = (_made_shared() if shared else user_folder()) / name
     with _new_folder(target, replace) as folder:
         for file in files:
             _put(folder / file, bundle.path / file)
+        if shared:
+            _open_to_readers(folder)
         copied = open_bundle(folder)  # what was copied, not what was there when the source was checked
     return Bundle(target, copied.manifest, copied.digest)
+
+
+def shared_target() -> Path:
+    """Return where the machine's bundles are to be. Raises EdgemedError (usage) where bundles.shared is not set."""
+    folder = _shared_setting()
+    if folder is None:
+        raise EdgemedError("bundles.shared is not set; name the folder of the machine's bundles in the configuration")
+    return folder
+
+
+def _made_shared() -> Path:
+    """Return the folder of the machine's bundles, made where it is missing: readable whatever the umask is."""
+    folder = shared_target()
+    try:
+        for part in [part for part in (folder, *folder.parents) if not os.path.lexists(part)][::-1]:
+            part.mkdir()
+            part.chmod(0o755)
+    except OSError as error:
+        raise CannotWrite(
+            f"cannot make {folder} (bundles.shared): {error.strerror or 'refused'}; who looks after the machine may"
+        ) from error
+    shared_folder()
+    return folder
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Let all read a folder and what is in it, and its owner alone write."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def signers_of(bundle: Bundle, policy: Policy | None = None) -> tuple[str, ...]:
@@ -330,20 +444,21 @@ def signers_of(bundle: Bundle, policy: Policy | None = None) -> tuple[str, ...]:
 
 
 def refuse_downgrade(manifest: Manifest, name: str | None = None) -> None:
-    """Raise BundleError if the bundle installed as `name` (default: the manifest's) has a later version than this one.
+    """Raise BundleError if a bundle installed as `name` (default: the manifest's) has a later version than this one.
 
-    An installed bundle whose manifest is damaged has no version, and may be replaced.
+    The machine's and the user's are looked at. One whose manifest is damaged has no version, and may be replaced.
     """
-    there = user_folder() / (name or manifest.name)
-    try:
-        installed = read_manifest(there)
-    except BundleError:
-        return
-    if installed.version > manifest.version:
-        new, old = (m.versions.get("bundle", "0") for m in (manifest, installed))
-        raise BundleError(
-            f"bundle {manifest.name} has version {new}, the installed {there.name} has {old}; pass --force to go back"
-        )
+    name = name or manifest.name
+    for there in (place / name for place in (shared_folder(), user_folder()) if place is not None):
+        try:
+            installed = read_manifest(there)
+        except BundleError:
+            continue
+        if installed.version > manifest.version:
+            new, old = (m.versions.get("bundle", "0") for m in (manifest, installed))
+            raise BundleError(
+                f"bundle {manifest.name} has version {new}, the installed {name} has {old}; pass --force to go back"
+            )
 
 
 def sign_bundle(name_or_folder: str | Path, key: Ed25519PrivateKey, role: str) -> Bundle:
@@ -364,15 +479,24 @@ def sign_bundle(name_or_folder: str | Path, key: Ed25519PrivateKey, role: str) -
     write_atomically(
         path, signing.to_bytes([new, *(s for s in old if s.key != new.key)]), through=bundle.path.resolve().parent
     )
+    if _is_shared(bundle.path):
+        path.chmod(0o644)
     return bundle
 
 
-def remove_bundle(name: str) -> None:
-    """Remove an installed bundle. Raises BundleError if there is none of this name or it is embedded."""
-    folder = user_folder() / name
-    if not BUNDLE_NAME.fullmatch(name) or not (folder / MANIFEST).is_file():
-        embedded = BUNDLE_NAME.fullmatch(name) and (_EMBEDDED / name).is_dir()
-        raise BundleError(f"{name} is embedded and cannot be removed" if embedded else f"there is no bundle {name!r}")
+def remove_bundle(name: str, *, shared: bool = False) -> None:
+    """Remove an installed bundle of the user, or of the machine.
+
+    Raises BundleError if there is none of this name or it is embedded, CannotWrite if the system refuses.
+    """
+    named = BUNDLE_NAME.fullmatch(name) is not None
+    of_machine = _installed(name, shared_folder()) if named else None
+    folder = of_machine if shared else _installed(name, user_folder()) if named else None
+    if folder is None:
+        if named and (_EMBEDDED / name).is_dir():
+            raise BundleError(f"{name} is embedded and cannot be removed")
+        hint = "; there is one of the machine, which --shared removes" if of_machine else ""
+        raise BundleError(f"there is no bundle {name!r}{' of the machine' if shared else hint}")
     try:
         shutil.rmtree(folder)
     except OSError as error:

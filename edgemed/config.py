@@ -8,6 +8,7 @@ not cover what a bundle or a question needs: manifests and options do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -60,6 +61,7 @@ SETTINGS = (
         "One signature by a key of each role is needed, of two keys where a role is named twice; empty: any one.",
         ("vendor", "site"),
     ),
+    Setting("bundles.shared", "path", None, "Folder of the bundles of the whole machine; they go before a user's own."),
     Setting(
         "results.to",
         "texts",
@@ -79,6 +81,7 @@ SETTINGS = (
     Setting("audit.pseudonym_file", "secret", None, "Key of the hashed UIDs (32 bytes or more), else one made here."),
     Setting("audit.source", "text", "", "What the messages call this machine; empty: its host name."),
     Setting("audit.site", "text", "", "What the messages call the site; empty: nothing."),
+    Setting("audit.file_mib", "decimal", 64.0, "A file of the trail that would be larger goes on in a new one."),
     Setting("audit.seconds", "decimal", 5.0, "How long the server may take over each step of a delivery."),
 )
 """Every setting there is, but those of `SECTIONS`."""
@@ -104,13 +107,20 @@ class Value:
 def config_file() -> Path | None:
     """Return the configuration file that counts, or None if there is none.
 
-    Raises CannotRead if EDGEMED_CONFIG names a file that is not there.
+    Raises CannotRead if EDGEMED_CONFIG names a file that is not there, or this user may not look for one: what the
+    machine is told must not be passed over.
     """
     if named := os.environ.get("EDGEMED_CONFIG"):
         if not os.path.isfile(named):
             raise CannotRead(f"EDGEMED_CONFIG names {named}, which is no file; correct or unset it")
         return Path(named)
-    return next((place for place in _places() if place.is_file()), None)
+    try:
+        return next((place for place in _places() if place.is_file()), None)
+    except OSError as error:  # of rights alone: `is_file` tells of a file that is not there by False
+        raise CannotRead(
+            f"cannot look for the configuration {error.filename}: {error.strerror or 'refused'}; its folder is for all "
+            "to read (chmod 755)"
+        ) from error
 
 
 def system_file() -> Path:
@@ -300,11 +310,24 @@ def read_secret(path: str | Path, limit: int = 64 << 10) -> bytes:
             info = os.fstat(stream.fileno())
             if not stat.S_ISREG(info.st_mode) or info.st_size > limit:
                 raise CannotRead(f"{path} is no plain file of at most {limit} bytes; a secret was expected")
-            if os.name == "posix":
-                if info.st_mode & 0o077:
-                    raise CannotRead(f"{path} holds a secret and others have rights to it; chmod 600 it")
-                if info.st_uid not in (0, os.geteuid()):
-                    raise CannotRead(f"{path} holds a secret and belongs to another user; chown it")
+            _refuse_open_secret(path, info)
+            if os.name == "posix" and info.st_uid not in (0, os.geteuid()):
+                raise CannotRead(f"{path} holds a secret and belongs to another user; chown it")
             return stream.read(limit + 1)
     except OSError as error:
         raise CannotRead(f"cannot read {path}: {error.strerror or 'refused'}") from error
+
+
+def check_secret(path: str | Path) -> None:
+    """Raise CannotRead where others than its owner have any right to the file of a secret, without opening it.
+
+    For settings that name one and are also read by who does not use it: a file that is missing, or out of reach of this
+    user, is told by what opens it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        _refuse_open_secret(path, os.stat(path))
+
+
+def _refuse_open_secret(path: str | Path, info: os.stat_result) -> None:
+    if os.name == "posix" and info.st_mode & 0o077:
+        raise CannotRead(f"{path} holds a secret and others have rights to it; chmod 600 it")

@@ -208,6 +208,13 @@ class KeyList:
     keys: Mapping[str, TrustedKey] = field(default_factory=dict)
     revoked: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
+    def day(self, today: str = "") -> str:
+        """Return the day that keys are judged by (ISO date): today's, or that of the list where it is later.
+
+        A clock that is behind the list is wrong, and no key lives on by it.
+        """
+        return max(today or today_iso(), self.issued)
+
     def changed(
         self, trust: Iterable[TrustedKey] = (), revoke: Mapping[str, str] | None = None, today: str = ""
     ) -> KeyList:

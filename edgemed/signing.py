@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ NO_POLICY = Policy()
 def read_policy(options: Mapping[str, Any] | None = None) -> Policy:
     """Return the policy that options, environment and configuration file set. Raises what `read_settings` raises."""
     found = read_settings({f"bundles.{name}": value for name, value in (options or {}).items()})
-    return Policy(**{name.partition(".")[2]: v.value for name, v in found.items() if name.startswith("bundles.")})
+    return Policy(**{field.name: found[f"bundles.{field.name}"].value for field in fields(Policy)})
 
 
 def refuse_unsigned(what: str) -> None:
@@ -121,11 +121,11 @@ def check_signatures(manifest: bytes, signatures: bytes | None, policy: Policy, 
             missing = "the bundle has no bundle.sig" if signatures is None else "bundles.trusted_keys is not set"
             raise SignatureError(f"a signature is required here, and {missing}; see 'edgemed config show --origin'")
         return ()
-    from edgemed.keys import read_key_list, today_iso, verifies
+    from edgemed.keys import read_key_list, verifies
 
     found = from_bytes(signatures)
     listed = read_key_list(policy.trusted_keys, policy.root_keys)
-    day = max(today or today_iso(), listed.issued)  # a clock that is behind the list is wrong: no key lives on by it
+    day = listed.day(today)
     good: dict[str, str] = {}
     problems, revoked = [], False
     for signature in found:

@@ -155,6 +155,7 @@ write_settings() {
         echo '# Settings of edgemed on this machine; `edgemed config show --origin` tells what counts.'
         echo '[bundles]'
         echo 'require_signature = true'
+        [ "$lane" = windows ] || echo 'shared = "/var/opt/edgemed/bundles"'
         [ -z "$keys" ] || printf 'trusted_keys = "trusted_keys.json"\nroot_keys = ["%s"]\n' "$root_key"
     } >"$payload/settings/config.toml"
     [ -z "$keys" ] || cp "$keys" "$payload/settings/trusted_keys.json"

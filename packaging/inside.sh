@@ -44,6 +44,19 @@ assert answer["provenance"]["edgemed"] == sys.argv[2], answer["provenance"]["edg
 P
 }
 
+site=/var/opt/edgemed/bundles
+shared() { # AS_USER EDGEMED: the machine's bundle is listed and answers, and this user cannot change it
+    $1 "$2" models list | grep '^site-ct .* shared' >&2 || fail "the machine's bundle is not listed for: $1"
+    $1 "$2" infer "$sample" --prompt "Where is the liver?" --bundle site-ct -q >&2
+    expect 40 $1 "$2" models rm --shared site-ct
+    expect 40 $1 "$2" models import $site/site-ct --shared --replace
+}
+modes() { # the machine's bundle is root's to change and everyone's to read
+    is "$(stat -c '%U %a' $site $site/site-ct $site/site-ct/bundle.json | tr '\n' ';')" \
+        "root 755;root 755;root 644;" "the owner of the machine's bundles"
+    is "$(find ${site%/*} -perm /022 -o ! -user root | wc -l)" 0 "the count of what others may change"
+}
+
 installer() {
     useradd --create-home physicist # a user of the fresh root, whose paths follow
     local prefix=/home/physicist/.local/share/edgemed-app as="runuser -u physicist --" command
@@ -108,6 +121,29 @@ installer() {
     left '/home/physicist(/\.local(/share(/edgemed(/.*)?)?|/bin)?|/\.(config|cache)(/edgemed(/.*)?)?|/results(/.*)?)?'
     is "$($as cat /home/physicist/results/mine)" kept "a result"
     ok "uninstall leaves bundles, settings, engines and results, and nothing else"
+    machine "$as"
+}
+
+# The installer once more, by root: for every user, also one who has a bundle of the same name.
+machine() {
+    useradd --create-home nurse
+    local prefix=/opt/edgemed nurse="runuser -u nurse -- env HOME=/home/nurse PATH=/usr/bin:/bin"
+    command=/usr/local/bin/edgemed sample=$prefix/current/share/edgemed/sample_ct.dcm
+    files >/tmp/before
+    took "install $new by root" sh "/proof/edgemed-$new-cpu.run"
+    modes
+    shared "$nurse" $command
+    shared "$1" $command
+    is "$($1 $command models list | grep -c 'site-ct .* shared, goes before /home/physicist/')" 1 "the bundle of one's own"
+    expect 0 $nurse $command doctor --device cpu --bundle site-ct >&2
+    chmod o+w $site
+    expect 20 $nurse $command infer $sample --prompt "Where is the liver?" --bundle site-ct -q
+    chmod o-w $site
+    ok "installed by root: two users list and ask the machine's bundle, and cannot change it; open to others it is refused"
+    took "uninstall by root" $prefix/setup --uninstall
+    files >/tmp/after
+    left '/home/(nurse|physicist)(/.*)?|/opt|/usr/local/bin|/etc(/edgemed(/.*)?)?|/var/opt(/edgemed(/.*)?)?'
+    modes
 }
 
 # Fail if a file was added, changed or removed since `before`, unless its path fits.
@@ -127,7 +163,15 @@ package() {
     ask "$as" edgemed $old
     ok "dpkg -i $old: the doctor is content, the sample scan answers for an ordinary user"
     is "$(stat -c '%U %a' /var/lib/edgemed)" "edgemed 700" "the owner of the node's folder"
-    is "$(find /var/lib/edgemed -name bundle.json -user edgemed | wc -l)" 1 "the count of the node's bundles"
+    is "$(find /var/lib/edgemed -name bundle.json | wc -l)" 0 "the count of the node's own bundles"
+    modes
+    shared "$as" edgemed
+    local unit=/usr/lib/systemd/system/edgemed.service
+    local node
+    node="runuser -u $(sed -n 's/^User=//p' $unit) -- env $(sed -n 's/^Environment=//p' $unit)"
+    shared "$node" edgemed
+    grep -E '^(InaccessiblePaths|TemporaryFileSystem|RootDirectory|RootImage)=' $unit && fail "the unit hides folders"
+    ok "an ordinary user and the unit's list and ask the machine's bundle, and cannot change it"
     systemd-analyze verify --man=no /usr/lib/systemd/system/edgemed.service >&2
     systemd-analyze security --offline=true --root=/ edgemed.service 2>/dev/null |
         grep -o 'exposure.*[0-9.]* [A-Z]*' | sed 's/^/ok    with its drop-in: /'
@@ -158,7 +202,9 @@ package() {
     dpkg -P edgemed >&2
     files >/tmp/after
     # The node's own, what dpkg keeps about every package, and the accounts.
-    left '/var/(lib|log)(/edgemed(/.*)?|/dpkg(/.*|\.log)?)?|/etc(/(passwd|group|g?shadow)-?|/\.pwd\.lock)?|/opt'
+    local accounts='/etc(/(passwd|group|g?shadow)-?|/\.pwd\.lock)?'
+    left "/var/(lib|log)(/edgemed(/.*)?|/dpkg(/.*|\.log)?)?|$accounts|/opt|/var/opt(/edgemed(/.*)?)?"
+    modes
     is "$(cat /var/lib/edgemed/results/mine)" kept "a result"
     ok "dpkg -P leaves what the node made, its user, and nothing else"
 }

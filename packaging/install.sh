@@ -8,7 +8,7 @@
 #     --prefix FOLDER    default: /opt/edgemed for root, ~/.local/share/edgemed-app for others
 #     --python FILE      the Python to build on; default: the one of the right version on PATH
 #     --reinstall        make the version anew, although it is there
-#     --as USER          import bundles and ask the doctor as this user (the package does so for its node)
+#     --as USER          ask the doctor as this user (the package does so for its node)
 #     --user             as for an ordinary user, although this is root
 #     --no-link          put no link to the command into /usr/local/bin (root) or ~/.local/bin
 #
@@ -68,9 +68,12 @@ main() {
     esac
 }
 
-# Set prefix, bin, and home: where bundles go and the doctor looks. A machine-wide install serves the node's own folder.
+# Set prefix, bin, and home: where an ordinary user's bundles go and the doctor looks. One for the whole machine puts
+# them where bundles.shared of the settings says, for all users to read.
 choose_places() {
+    machine=no
     if [ "$(id -u)" = 0 ] && [ $own = no ]; then
+        machine=yes
         : "${prefix:=/opt/edgemed}"
         bin=/usr/local/bin
         settings=/etc/edgemed
@@ -171,12 +174,19 @@ write_settings() {
     done
 }
 
+# The settings may be older than bundles.shared, and then only the node (or root) sees the bundles.
 import_bundles() {
     [ -d "$payload/bundles" ] || return 0
-    mkdir -p "$home"
+    who=$as shared=''
+    if [ $machine = yes ] && "$target/bin/edgemed" config show | grep -q '^shared = '; then
+        who='' shared=--shared
+    else
+        mkdir -p "$home"
+        [ $machine = no ] || say "bundles.shared is not set in $settings/config.toml: other users will not see the bundles"
+    fi
     for bundle in "$payload"/bundles/*; do
         name=${bundle##*/}
-        if ! $as "$target/bin/edgemed" models import "$bundle" --replace >&2; then
+        if ! $who "$target/bin/edgemed" models import "$bundle" --replace $shared >&2; then
             $as "$target/bin/edgemed" models show "$name" >/dev/null 2>&1 || die 80 "bundle $name could not be imported"
             say "the bundle $name that is already here stays"
         fi
@@ -239,6 +249,8 @@ uninstall() {
     rm -f "$prefix/current" "$prefix/previous" "$prefix/setup" "$prefix/.lock" "$prefix"/.*.new
     if [ "$(readlink "$bin/edgemed" || true)" = "$prefix/current/bin/edgemed" ]; then rm -f "$bin/edgemed"; fi
     rmdir "$prefix" 2>/dev/null || say "$prefix holds other files; they stay"
+    shared=$(sed -n 's/^shared = "\(.*\)"$/\1/p' "$settings/config.toml" 2>/dev/null || true)
+    [ $machine = no ] || home="$home${shared:+ and $shared}"
     say "edgemed is removed; bundles in $home, settings in $settings, engines and results stay"
 }
 

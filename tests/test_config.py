@@ -67,6 +67,18 @@ def test_system_file_goes_before_the_users_and_the_named_one_before_both(
         read_settings()
 
 
+def test_a_place_that_this_user_may_not_look_at_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(type(tmp_path)):  # type: ignore[misc]
+        def is_file(self) -> bool:
+            raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(config, "system_file", lambda: Closed(tmp_path / "etc.toml"))
+    with pytest.raises(CannotRead, match=r"etc\.toml: Permission denied; .*chmod 755"):
+        read_settings()
+
+
 def test_path_is_relative_to_the_file_that_holds_it(tmp_path: Path) -> None:
     write(tmp_path / "etc.toml", '[bundles]\ntrusted_keys = "keys/site.json"\n')
     assert read_settings()["bundles.trusted_keys"].value == tmp_path / "keys" / "site.json"

@@ -108,13 +108,14 @@ RETRY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Settings:
-    """The section [audit]. server: None where records stay here."""
+    """The section [audit]. server: None where records stay here. file_bytes: of a file of the trail, about."""
 
     folder: Path
     server: Server | None = None
     pseudonym: Path | None = None
     source: str = ""
     site: str = ""
+    file_bytes: int = 64 << 20
 
 
 def read_audit() -> Settings | None:
@@ -128,7 +129,8 @@ def read_audit() -> Settings | None:
         if named := next((name for name, value in found.items() if value.origin != "default"), None):
             raise EdgemedError(f"audit.{named} is set and audit.folder is not; it switches the audit trail on")
         return None
-    return Settings(values["folder"], _server(found), values["pseudonym_file"], values["source"], values["site"])
+    told = values["pseudonym_file"], values["source"], values["site"]
+    return Settings(values["folder"], _server(found), *told, file_bytes=int(values["file_mib"] * (1 << 20)))
 
 
 def _server(found: dict[str, Value]) -> Server | None:
@@ -182,7 +184,7 @@ def own_trail(settings: Settings) -> Trail:
     """Return the trail of this user. Raises CannotWrite."""
     from edgemed.audit.trail import open_trail
 
-    return open_trail(settings.folder / _user())
+    return open_trail(settings.folder / _user(), settings.file_bytes)
 
 
 def trails(settings: Settings) -> list[Trail]:

@@ -38,19 +38,25 @@ def _opened() -> tuple[Settings, list[Trail]]:
 
 
 @command.command("verify")
+@click.option("--from-oldest", is_flag=True, help="The site took older files away: begin at the oldest that is here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug_option
-def verify(as_json: bool) -> int:
+def verify(from_oldest: bool, as_json: bool) -> int:
     """Check the chain of hashes from the first record to the last, and that the last is the one that was written.
 
-    Exit code 22 if a trail was changed, cut or cut off: the first record that does not hold is named.
+    It goes through all files of a trail: 'trail', and 'trail-N' with the records from N on.
+
+    Exit code 22 if a trail was changed, cut or cut off, or a file of it is missing or another's: the first record that
+    does not hold is named.
     """
-    rows = [{"trail": trail.folder.name, **vars(trail.check())} for trail in _opened()[1]]
+    rows = [{"trail": trail.folder.name, **vars(trail.check(from_oldest=from_oldest))} for trail in _opened()[1]]
     if as_json:
         print(json.dumps({"schema": "edgemed.audit-verify/1", "trails": rows}, ensure_ascii=False))
     for row in () if as_json else rows:
         if not row["damage"]:
-            print(f"{row['trail']}: {row['records']} records hold, {row['unsent']} of them wait to be sent")
+            older = f" (those before {row['first']} are not here)" if row["first"] > 1 else ""
+            count = row["records"] - row["first"] + 1
+            print(f"{row['trail']}: {count} records hold{older}, {row['unsent']} of them wait to be sent")
     damaged = [row for row in rows if row["damage"]]
     for row in damaged:
         click.echo(f"edgemed: audit trail {row['trail']}: {row['damage']}; compare it with the server's copy", err=True)

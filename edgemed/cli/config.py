@@ -75,9 +75,11 @@ def check() -> None:
     """
     from edgemed.audit import read_audit
     from edgemed.config import SETTINGS, config_file, read_secret, read_settings
+    from edgemed.serve.settings import to_tls
 
     found = read_settings()
-    list(_sections())
+    if tls := dict(_sections()).get("serve", {}).get("tls"):
+        to_tls(tls.value)
     for setting in SETTINGS:
         if setting.kind == "secret" and found[setting.name].value is not None:
             read_secret(found[setting.name].value)

@@ -1,19 +1,23 @@
 """`edgemed doctor`: is this workstation ready? Libraries are loaded and run, files are hashed; versions prove little.
 
 Covers the system, memory and disk, the packages of the install, pixel decoders, the font, onnxruntime (every execution
-provider that it has runs a graph), the NVIDIA driver and its GPUs, engine libraries, engines that were built, and the
-bundles: every hash, the memory each needs, what can run it. Does not cover the network: nothing here needs it.
+provider that it has runs a graph), the NVIDIA driver and its GPUs, engine libraries, engines that were built, the list
+of trusted keys, and the bundles: every hash, the memory each needs, what can run it. Does not cover the network:
+nothing here needs it.
 
 The driver is asked in a child process with a time limit, so that a broken one cannot hold this command up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +34,7 @@ from edgemed.errors import (
     DeviceOutOfMemory,
     EdgemedError,
     OutOfMemory,
+    SignatureError,
     UnsupportedDicom,
 )
 
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from edgemed.backends import Device
     from edgemed.backends.engine_cache import EngineKey
     from edgemed.bundle import Bundle
+    from edgemed.keys import KeyList
     from edgemed.nvidia import Driver
 
 SCHEMA = "edgemed.doctor/1"
@@ -72,6 +78,10 @@ GPU_PACKAGES = ("onnxruntime-gpu", "cuda-bindings", "cuda-core", "tensorrt-rtx",
 LEAST_CAPABILITY = 7.5
 """Of the GPUs that TensorRT-RTX builds engines for."""
 
+KEY_DAYS = 60
+"""A key that counts for so few days more is told: a new one has to be made, listed and carried here until then."""
+
+EXPIRES = "expires soon"
 ANY_TARGET = "any"  # `engine_build.ANY`: keys are compared without the GPU they are for
 
 
@@ -351,11 +361,83 @@ def check_engines(facts: Facts) -> Check:
 # --- bundles ----------------------------------------------------------------------------------------------------------
 
 
+def check_keys(facts: Facts) -> Check:
+    """Return the keys whose signatures count, and what becomes of them soon. What a bundle lacks is told with it."""
+    from edgemed.keys import read_key_list
+    from edgemed.signing import read_policy
+
+    policy = read_policy()
+    required = policy.require_signature
+    rule = f"a signature of {' and '.join(policy.required_roles) or 'any role'}" if required else "no signature"
+    rule += " is required"
+    details: dict[str, Any] = {"require_signature": required, "required_roles": policy.required_roles}
+    if policy.trusted_keys is None:
+        advice = "set bundles.trusted_keys and bundles.root_keys, or only embedded bundles can be used"
+        found = f"{rule}; there is no list of keys"
+        failed = (advice, SignatureError.exit_code) if required else ("", 0)
+        return Check("keys", found, *failed, main=False, details=details)
+    details["list"] = str(policy.trusted_keys)
+    try:
+        listed = read_key_list(policy.trusted_keys, policy.root_keys)
+    except SignatureError as error:
+        found = f"{rule}; the list of keys cannot be used"
+        return Check("keys", found, str(error), error.exit_code, main=False, details=details)
+    states = {key: _key_state(key, listed) for key in sorted({*listed.keys, *listed.revoked})}
+    details |= {"sequence": listed.sequence, "issued": listed.issued, "keys": states}
+    good = [listed.keys[key].role for key, state in states.items() if state in ("counts", EXPIRES)]
+    found = f"{rule}; list {listed.sequence} of {listed.issued}: {len(good)} of {len(states)} keys count"
+    told, code = list(_told_of_keys(listed, states)), 0
+    lacking = Counter(policy.required_roles) - Counter(good)
+    if required and (lacking or not good):
+        told.insert(0, f"no {' and no '.join(lacking) or 'vendor and no site'} key is left for what is required")
+        code = SignatureError.exit_code
+    return Check("keys", found, "; ".join(told), code, main=False, details=details)
+
+
+def _key_state(key: str, listed: KeyList) -> str:
+    """Return "counts", "expires soon", "expired", "not yet" or "revoked"."""
+    if key in listed.revoked:
+        return "revoked"
+    trusted, day = listed.keys[key], listed.day()
+    if trusted.problem(day):
+        return "not yet" if trusted.not_before > day else "expired"
+    soon = date.fromisoformat(day) + timedelta(KEY_DAYS)
+    return EXPIRES if trusted.not_after and trusted.not_after <= soon.isoformat() else "counts"
+
+
+def _told_of_keys(listed: KeyList, states: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is to be done about keys, and about a clock that is behind the list."""
+    from edgemed.keys import today_iso
+
+    for key, state in states.items():
+        if state in ("expired", EXPIRES):
+            trusted = listed.keys[key]
+            until = "counted" if state == "expired" else "counts"
+            yield f"{trusted.role} key {key[:16]} {until} until {trusted.not_after}: make the next one and list it"
+    if listed.day() > today_iso():
+        yield f"the clock says {today_iso()}, which is before the day of the list: set the clock"
+
+
+def check_shared(facts: Facts) -> Check:
+    """Return the folder of the machine's bundles; that it may be written to by others is a failure."""
+    from edgemed.bundle import list_bundles, shared_folder
+
+    folder = shared_folder()
+    if folder is None:
+        return Check("shared bundles", "no folder of the whole machine (bundles.shared)", main=False)
+    listed = [listed for listed in list_bundles() if listed.place == "shared"]
+    hidden = [f"{one.name} goes before the one in {one.hides}" for one in listed if one.hides]
+    details = {"folder": str(folder), "bundles": [one.name for one in listed]}
+    return Check("shared bundles", f"{len(listed)} in {folder}", "; ".join(hidden), 0, False, details)
+
+
 def check_bundles(facts: Facts) -> list[Check]:
     """Return one check a bundle, and one of the engines that were built from them."""
     from edgemed.bundle import find_bundle, list_bundles, open_bundle
 
-    bundles = {listed.name: listed.path for listed in list_bundles()}
+    bundles: dict[str, Path] = {}
+    with contextlib.suppress(EdgemedError):  # `check_shared` tells it
+        bundles = {listed.name: listed.path for listed in list_bundles()}
     opened: list[Bundle] = []
 
     def check(name: str) -> Check:
@@ -454,7 +536,11 @@ CHECKS: dict[str, Callable[[Facts], Check]] = {
     "gpu": check_gpu,
     "onnxruntime": check_onnxruntime,
     "engines": check_engines,
+    "keys": check_keys,
+    "shared bundles": check_shared,
 }
+BESIDE = ("disk", "keys", "shared bundles")
+"""Checks that the main job does not need: what a bundle lacks by them, its own check tells."""
 
 
 @click.command("doctor", short_help="Check this workstation.")
@@ -476,7 +562,7 @@ def command(bundle: str, device: str, as_json: bool) -> int:
 
     with ThreadPoolExecutor(1, thread_name_prefix="ask-driver") as pool:
         facts = Facts(bundle, device, pool.submit(ask_driver).result)  # the child starts while the checks begin
-        checks = [_attempt(name, partial(check, facts), main=name != "disk") for name, check in CHECKS.items()]
+        checks = [_attempt(name, partial(check, facts), main=name not in BESIDE) for name, check in CHECKS.items()]
         checks += check_bundles(facts)
     code = next((check.code for check in checks if check.code and check.main), 0)
     if as_json:
@@ -487,7 +573,7 @@ def command(bundle: str, device: str, as_json: bool) -> int:
         return code
     width = max(len(check.name) for check in checks)
     for check in checks:
-        mark = "ok  " if not check.code else "FAIL" if check.main else "note"
+        mark = "FAIL" if check.code and check.main else "note" if check.code or check.advice else "ok  "
         click.echo(f"{mark}  {check.name:{width}}  {check.found}")
         if check.advice:
             click.echo(f"{'':{width + 6}}  {check.advice}")

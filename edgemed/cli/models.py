@@ -30,7 +30,10 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @debug_option
 def list_them(as_json: bool) -> None:
-    """List the embedded and the imported bundles."""
+    """List the bundles that came with edgemed (embedded), the machine's (shared) and your own (imported).
+
+    A bundle of the machine goes before one of your own that has its name.
+    """
     from edgemed.bundle import list_bundles
 
     bundles = list_bundles()
@@ -44,6 +47,9 @@ def list_them(as_json: bool) -> None:
                 "calibrated": listed.manifest.calibration_digest is not None if listed.manifest else None,
                 "size_bytes": size,
                 "embedded": listed.embedded,
+                "place": listed.place,
+                "folder": str(listed.path),
+                "hides": None if listed.hides is None else str(listed.hides),
                 "problem": listed.problem,
             }
             for listed, size in zip(bundles, sizes, strict=True)
@@ -52,7 +58,9 @@ def list_them(as_json: bool) -> None:
         return
     table: list[tuple[str, ...]] = [("name", "family", "precision", "calibrated", "MB", "place")]
     for listed, size in zip(bundles, sizes, strict=True):
-        place = listed.problem or ("embedded" if listed.embedded else "imported")
+        place = "imported" if listed.place == "user" else listed.place
+        place += f", goes before {listed.hides}" if listed.hides else ""
+        place += f": {listed.problem}" if listed.problem else ""
         if listed.manifest is None:
             table.append((listed.name, "?", "?", "?", "?", place))
         else:
@@ -266,21 +274,26 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 @click.option("--name", metavar="NAME", help="Name to give it here (default: its own).")
 @click.option("--replace", is_flag=True, help="Replace an imported bundle of this name.")
 @click.option("--force", is_flag=True, help="Take an older version, too.")
+@click.option(
+    "--shared", is_flag=True, help="For all users of this machine (into bundles.shared, by its owner or root)."
+)
 @debug_option
-def import_it(folder: str, name: str | None, replace: bool, force: bool) -> None:
+def import_it(folder: str, name: str | None, replace: bool, force: bool, shared: bool) -> None:
     """Copy a bundle to this user's bundles after checking every file; `infer --bundle NAME` then finds it."""
     from edgemed import audit
-    from edgemed.bundle import find_bundle, install_bundle, read_manifest, user_folder
+    from edgemed.bundle import MANIFEST, find_bundle, install_bundle, read_manifest, shared_target, user_folder
 
-    source = find_bundle(folder)
-    _check_room(user_folder(), _size(source, read_manifest(source)) or 0)
-    installed = install_bundle(source, name, replace=replace, force=force)
+    here = Path(folder)
+    source = here.absolute() if (here / MANIFEST).is_file() else find_bundle(folder)
+    target = shared_target() if shared else user_folder()
+    _check_room(target, _size(source, read_manifest(source)) or 0, "bundles.shared" if shared else "EDGEMED_HOME")
+    installed = install_bundle(source, name, replace=replace, force=force, shared=shared)
     audit.record(audit.configured("imported", installed.path.name, installed.digest))
     audit.drain()
     print(f"imported {installed.path.name}, sha256 {installed.digest}")
 
 
-def _check_room(folder: Path, size: int) -> None:
+def _check_room(folder: Path, size: int, setting: str) -> None:
     """Raise CannotWrite where the disk of a folder, which may not be there yet, has less than `size` bytes free."""
     import shutil
 
@@ -291,20 +304,21 @@ def _check_room(folder: Path, size: int) -> None:
     if free < size:
         raise CannotWrite(
             f"the bundle takes {size / 1e6:.1f} MB and {there} has {free / 1e6:.1f} MB free; make room, or set "
-            "EDGEMED_HOME to a folder on another disk"
+            f"{setting} to a folder on another disk"
         )
 
 
 @command.command("rm")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--shared", is_flag=True, help="Those of the machine (in bundles.shared, by its owner or root).")
 @debug_option
-def remove(names: tuple[str, ...]) -> None:
+def remove(names: tuple[str, ...], shared: bool) -> None:
     """Remove imported bundles; embedded ones stay."""
     from edgemed import audit
     from edgemed.bundle import remove_bundle
 
     for name in names:
-        remove_bundle(name)
+        remove_bundle(name, shared=shared)
         audit.record(audit.configured("removed", name))
         print(f"removed {name}")
     audit.drain()

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgemed.config import check_secret
 from edgemed.errors import EdgemedError, InvalidInput
 
 MIB = 1 << 20
@@ -127,11 +128,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tls:
-    """Files (PEM) of the node's certificate and key, and of the authorities whose certificates others must show."""
+    """Files (PEM) of the node's certificate and key, and of the authorities whose certificates others must show.
+
+    Raises CannotRead if others than its owner have rights to the key.
+    """
 
     certificate: str
     key: str
     authorities: str
+
+    def __post_init__(self) -> None:
+        check_secret(self.key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +268,13 @@ def to_settings(table: Mapping[str, Any]) -> NodeSettings:
             raise InvalidInput(f"{key} is no list of tables; [[{key}]] was expected")
         values[f"{key}s"] = tuple(_made(kind, row, f"[[{key}]]") for row in rows)
     if (tls := values.pop("tls", None)) is not None:
-        values["tls"] = _made(Tls, tls, "[tls]")
+        values["tls"] = to_tls(tls)
     return _made(NodeSettings, values, "the node")
+
+
+def to_tls(table: Any) -> Tls:
+    """Return the files of a table [tls]. Raises InvalidInput if it is none, CannotRead if others may read the key."""
+    return _made(Tls, table, "[tls]")
 
 
 def _made(kind: type[T], row: Any, where: str) -> T:

@@ -78,6 +78,7 @@ class Work:
         self._wake = [threading.Event() for _ in (*workers, "courier")]
         self._threads: list[threading.Thread] = []
         self._running: dict[int, Job] = {}
+        self._unrecorded: list[Job] = []  # whose end the journal could not take: the disk is full, say
 
     def start_work(self) -> None:
         """Begin to work."""
@@ -120,16 +121,31 @@ class Work:
 
     def run_job(self, worker: Process | None = None) -> bool:
         """Run the job that is due longest, by the first worker if none is named; False if there is none."""
+        for lost in list(self._unrecorded):
+            self.journal.hand_back(lost, self.store.now())
+            self._unrecorded.remove(lost)
         job = self.journal.claim(self.store.now())
         if job is None:
             return False
         self._running[job.id] = job
         told: dict[str, Any] = {"job": job.id, "study": self.journal.hashed(job.study), "rule": job.rule}
         try:
+            self._run(job, worker or self._workers[0], told)
+        except Exception:
+            self._unrecorded.append(job)
+            raise
+        finally:
+            self.store.close_job(job)
+            self._running.pop(job.id, None)
+        return True
+
+    def _run(self, job: Job, worker: Process, told: dict[str, Any]) -> None:
+        """Answer a job and record how it ended."""
+        try:
             if job.attempts > self.settings.max_attempts:
                 raise InvalidInput(f"it was begun {job.attempts - 1} times, and whoever ran it ended each time")
             self._tell("started", **told, attempt=job.attempts)
-            self._tell("answered", **told, results=self._answer(job, worker or self._workers[0]))
+            self._tell("answered", **told, results=self._answer(job, worker))
         except Stopped:
             self.journal.hand_back(job, self.store.now())
             self._tell("handed back", **told)
@@ -139,10 +155,6 @@ class Work:
             self._failed(job, error, told)
         except Exception as error:  # noqa: BLE001  one study must not end the node
             self._failed(job, error, told)
-        finally:
-            self.store.close_job(job)
-            self._running.pop(job.id, None)
-        return True
 
     def _answer(self, job: Job, worker: Process) -> int:
         rule = self.settings.rule(job.rule)

@@ -224,6 +224,27 @@ def test_a_changed_record_is_sent_with_an_alert(
     assert audit.send(trail(), settings()) == 0
 
 
+def test_records_in_several_files_are_sent_once_and_files_that_were_sent_may_go(
+    receiver: Any, authority: Any, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEMED_AUDIT_FILE_MIB", "0.002")
+    configure(receiver, authority)
+    write(5)
+    receiver.up()
+    assert audit.send(trail(), settings()) == 5
+    receiver.down()
+    write(4)
+    with pytest.raises(CannotWrite):
+        audit.send(trail(), settings())
+    first, second = (trail().folder / name for name in ("trail", "trail-3"))
+    first.unlink()
+    second.unlink()
+    receiver.up()
+    assert audit.send(trail(), settings()) == 4
+    assert numbers(receiver) == list(range(1, 10))
+    assert audit.send(trail(), settings()) == 0
+
+
 def test_a_trail_that_was_cut_off_does_not_keep_new_records_from_being_sent(
     receiver: Any, authority: Any, configure: Configure
 ) -> None:

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from edgemed.audit.trail import Place, Trail, open_trail
+from edgemed.audit.trail import Place, Trail, Verdict, open_trail
 from edgemed.errors import CannotWrite
 
 NIGHTLY = os.environ.get("EDGEMED_NIGHTLY") == "1"
@@ -88,6 +89,17 @@ def test_a_lost_or_damaged_head_is_told_and_stays_visible(trail: Trail) -> None:
     assert trail.check().damage.startswith("record 6 ")
 
 
+def test_a_head_written_by_half_leaves_the_one_before(trail: Trail) -> None:
+    before = (trail.folder / "head").read_bytes()
+    write(trail, 1)
+    after = (trail.folder / "head").read_bytes()
+    for end in range(257):
+        (trail.folder / "head").write_bytes(after[:end] + before[end:])
+        assert trail.check() == Verdict(6, 6), end
+    write(trail, 1)
+    assert trail.check() == Verdict(7, 7)
+
+
 def test_an_older_head_after_a_kill_or_a_power_cut_is_made_up_for(trail: Trail) -> None:
     old = (trail.folder / "head").read_bytes()
     write(trail, 2)
@@ -134,6 +146,155 @@ def test_killed_writers_lose_nothing_and_leave_a_whole_chain(trail: Trail, kills
         write(trail, 1)
         promised = verdict.records + 1
     assert trail.check().damage == ""
+
+
+# --- files of a size --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Trail:
+    """A trail of 40 records in files of four or five."""
+    made = open_trail(tmp_path / "audit" / "1000", 400)
+    write(made, 40)
+    return made
+
+
+def files(trail: Trail) -> list[Path]:
+    numbered = [path for path in trail.folder.iterdir() if path.name.startswith("trail-")]
+    return [trail.folder / "trail", *sorted(numbered, key=lambda path: int(path.name[6:]))]
+
+
+def test_a_file_that_is_full_goes_on_in_another_and_the_chain_goes_through_all(several: Trail) -> None:
+    assert len(files(several)) > 7
+    assert all(path.stat().st_size <= 400 + 90 and path.stat().st_mode & 0o777 == 0o600 for path in files(several))
+    for path in files(several)[1:]:
+        after, first = path.read_text().splitlines()[:2]
+        assert int(first.split()[0]) == int(after.split()[1]) + 1 == int(path.name[6:])
+    assert [(r.number, r.text, r.holds) for r in several.records()] == [(n, f"event {n}", True) for n in range(1, 41)]
+    assert several.check() == Verdict(40, 40)
+    half = next(r.end for r in several.records() if r.number == 20)
+    assert [r.number for r in several.records(half)] == list(range(21, 41))
+
+
+def test_without_a_size_there_is_one_file(tmp_path: Path) -> None:
+    trail = open_trail(tmp_path / "1000", 0)
+    write(trail, 40)
+    assert len(files(trail)) == 1
+
+
+def test_a_file_that_is_missing_or_another_is_named_and_stays_named(several: Trail) -> None:
+    whole = {path: path.read_bytes() for path in files(several)}
+    for number, path in enumerate(whole):
+        path.unlink()
+        start = int(path.name[6:] or 1) if number else 1
+        assert f" {start} " in several.check().damage, path
+        path.write_bytes(whole[path])
+        path.chmod(0o600)
+    second, third = files(several)[1:3]
+    second.write_bytes(whole[third])
+    third.write_bytes(whole[second])
+    assert f"{second.name} does not go on after" in several.check().damage
+    write(several, 12)
+    assert f"{second.name} does not go on after" in several.check().damage
+    second.write_bytes(whole[second])
+    third.write_bytes(whole[third].partition(b"\n")[2])
+    assert f"{third.name} does not go on after" in several.check().damage
+    third.write_bytes(whole[third])
+    assert several.check().damage == ""
+    third.rename(third.with_name(f"trail-{int(third.name[6:]) + 1}"))
+    assert several.check().damage
+
+
+def test_a_lost_last_file_is_told_and_does_not_stop_the_trail(several: Trail) -> None:
+    files(several)[-1].unlink()
+    damage = several.check().damage
+    assert "the trail was cut off, it had 40" in damage
+    write(several, 12)
+    assert several.check().damage.split()[1] == damage.split()[1]
+    assert [r.text for r in several.records()][-1] == "event 52"
+
+
+def test_files_that_the_site_took_away_are_told_and_the_others_hold(several: Trail) -> None:
+    for path in files(several)[:3]:
+        path.unlink()
+    first = int(files(several)[1].name[6:])
+    assert several.check().damage == (
+        f"records 1 to {first - 1} are missing: the next file is trail-{first}; if the site took them away, see "
+        "--from-oldest"
+    )
+    assert several.check(from_oldest=True) == Verdict(40, 41 - first, "", first)
+    several.note_sent(next(r.end for r in several.records() if r.number == first + 1))
+    write(several, 2)
+    assert several.check(from_oldest=True).damage == ""
+    assert [r.number for r in several.unsent()] == list(range(first + 2, 43))
+    middle = files(several)[3]
+    middle.write_bytes(middle.read_bytes().replace(b"event", b"Event", 1))
+    assert f"record {middle.name[6:]} is numbered" in several.check(from_oldest=True).damage
+
+
+def test_a_writer_killed_while_it_began_a_file_is_made_up_for(several: Trail) -> None:
+    head, last = (several.folder / "head").read_bytes(), files(several)[-1]
+    count = several.check().records
+    while files(several)[-1] == last:
+        head, count = (several.folder / "head").read_bytes(), several.check().records
+        write(several, 1)
+    new = files(several)[-1]
+    whole = new.read_bytes()
+    for end in range(len(whole) + 1):
+        new.write_bytes(whole[:end])
+        (several.folder / "head").write_bytes(head)
+        assert several.check() == Verdict(count + (end == len(whole)), count + (end == len(whole))), end
+        write(several, 2)
+        assert several.check() == Verdict(*[count + 2 + (end == len(whole))] * 2), end
+        for path in files(several)[files(several).index(new) + 1 :]:
+            path.unlink()
+
+
+def test_a_writer_killed_before_its_first_head_leaves_a_trail_that_holds(tmp_path: Path) -> None:
+    trail = open_trail(tmp_path / "1000")
+    write(trail, 1)
+    whole, head = ((trail.folder / name).read_bytes() for name in ("trail", "head"))
+    head = head[:128]  # before the first record
+    for end in range(len(whole) + 1):
+        (trail.folder / "head").write_bytes(head)
+        (trail.folder / "trail").write_bytes(whole[:end])
+        write(trail, 1)
+        assert trail.check().damage == ""
+
+
+MANY = """
+import sys
+from pathlib import Path
+from edgemed.audit.trail import open_trail
+trail, me = open_trail(Path(sys.argv[1]), 3000), sys.argv[2]
+for turn in range(int(sys.argv[3])):
+    trail.append(lambda number: f"writer {me} turn {turn} " + "x" * (turn % 7 * 40))
+    print(turn, flush=True)
+"""
+
+
+@pytest.mark.parametrize("rounds", [40 if NIGHTLY else 2])
+def test_processes_at_the_same_time_and_killed_lose_and_double_nothing(tmp_path: Path, rounds: int) -> None:
+    trail = open_trail(tmp_path / "1000", 3000)
+    promised: set[str] = set()
+    for turn in range(rounds):
+        with ExitStack() as stack:
+            writers = {}
+            for writer in (f"{turn}.{n}" for n in range(4)):
+                command = [sys.executable, "-c", MANY, str(trail.folder), writer, "100000"]
+                writers[writer] = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            for at, (writer, child) in enumerate(writers.items()):
+                assert child.stdout is not None
+                told = [child.stdout.readline() for _ in range(20 + 5 * at + turn % 5)]
+                child.kill()
+                told += child.stdout.readlines()
+                promised |= {f"writer {writer} turn {int(line)} " for line in told if line.endswith("\n")}
+        texts = [record.text.rstrip("x") for record in trail.records()]
+        assert trail.check() == Verdict(len(texts), len(texts))
+        assert len(set(texts)) == len(texts)
+        assert promised <= set(texts)
+        assert len(texts) - len(promised) <= 4 * (turn + 1)  # those that were killed before they could tell
+        assert len(files(trail)) > 3
 
 
 FILLER = """

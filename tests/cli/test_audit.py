@@ -37,7 +37,7 @@ def test_verify_tells_how_many_records_hold(trail: Path, capsys: Captured) -> No
     assert capsys.readouterr().out == f"{trail.name}: 4 records hold, 4 of them wait to be sent\n"
     assert main(["audit", "verify", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["trails"] == [{"trail": trail.name, "records": 4, "unsent": 4, "damage": ""}]
+    assert told["trails"] == [{"trail": trail.name, "records": 4, "unsent": 4, "damage": "", "first": 1}]
 
 
 def test_verify_names_the_first_damaged_record(trail: Path, capsys: Captured) -> None:
@@ -51,6 +51,24 @@ def test_verify_names_the_first_damaged_record(trail: Path, capsys: Captured) ->
     (trail / "trail").write_bytes(data[: data.rindex(b"\n4 ") + 1])
     assert main(["audit", "verify"]) == 22
     assert "record 4 is missing: the trail was cut off" in capsys.readouterr().err
+
+
+def test_verify_goes_through_all_files_and_can_begin_at_the_oldest(
+    trail: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEMED_AUDIT_FILE_MIB", "0.001")
+    for _ in range(3):
+        audit.record(audit.accessed([STUDY], "infer"))
+    assert {path.name for path in trail.glob("trail*")} == {"trail", "trail-5", "trail-6", "trail-7"}
+    assert main(["audit", "verify"]) == 0
+    assert capsys.readouterr().out == f"{trail.name}: 7 records hold, 7 of them wait to be sent\n"
+    assert main(["audit", "show", "--last", "1"]) == 0
+    (trail / "trail").unlink()
+    assert main(["audit", "verify"]) == 22
+    assert "records 1 to 4 are missing: the next file is trail-5; if the site" in capsys.readouterr().err
+    assert main(["audit", "verify", "--from-oldest"]) == 0
+    told = f"{trail.name}: 4 records hold (those before 5 are not here), 4 of them wait to be sent\n"
+    assert capsys.readouterr().out == told
 
 
 def test_show_tells_who_did_what_and_is_told_itself(trail: Path, capsys: Captured) -> None:

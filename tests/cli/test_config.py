@@ -87,6 +87,10 @@ def test_check_looks_at_secrets_too(tmp_path: Path, capsys: Captured) -> None:
     assert "the settings hold" in capsys.readouterr().out
     (tmp_path / "etc.toml").write_text("[audit]\nserver = 'siem:6514'\n")
     assert main(["config", "check"]) == 1
+    (tmp_path / "etc.toml").write_text(f"[serve.tls]\ncertificate = 'c'\nkey = '{key}'\nauthorities = 'a'\n")
+    assert main(["config", "check"]) == 0
+    key.chmod(0o640)
+    assert main(["config", "check"]) == 20
 
 
 @pytest.mark.parametrize("form", [[], ["--markdown"], ["--man"]])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edgemed import memory, nvidia
+from edgemed import config, keys, memory, nvidia
 from edgemed.backends import engine_build
 from edgemed.backends.engine_cache import engines_folder, write_cached
 from edgemed.bundle import open_bundle
@@ -72,6 +72,122 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
     out = capsys.readouterr().out
     assert "FAIL  font" in out
     assert "ok    decoders" in out
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+class Keys:
+    """A root key, a key of the vendor, and a list of keys in the configuration of the user."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir()
+        self.file = home / "keys.json"
+        self.root, self.vendor = (self._made(home / name) for name in ("root", "vendor"))
+        self.settings = home / "config.toml"
+        self.set('require_signature = true\nrequired_roles = ["vendor"]')
+
+    @staticmethod
+    def _made(stem: Path) -> Any:
+        keys.write_key_pair(stem)
+        return keys.read_private_key(f"{stem}.key.pem")
+
+    def set(self, more: str) -> None:
+        root = keys.key_id(keys.public_bytes(self.root))
+        self.settings.write_text(f'[bundles]\ntrusted_keys = "keys.json"\nroot_keys = ["{root}"]\n{more}\n')
+
+    def write(self, not_after: str = "", not_before: str = "", issued: str = "2026-01-01", role: str = "vendor") -> str:
+        trusted = keys.TrustedKey(keys.public_bytes(self.vendor), role, not_before, not_after)
+        listed = keys.KeyList(0, "").changed([trusted], today=issued)
+        self.file.write_bytes(keys.key_list_bytes(listed, self.root))
+        return keys.key_id(trusted.public)
+
+
+@pytest.fixture
+def trusted(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keys:
+    monkeypatch.setattr(config, "system_file", lambda: tmp_path / "none.toml")
+    monkeypatch.setattr(keys, "today_iso", lambda: "2026-11-22")
+    return Keys(home)
+
+
+def test_keys_that_count_are_told(trusted: Keys, capsys: Captured) -> None:
+    key = trusted.write("2027-01-22")
+    check = told(capsys)["keys"]
+    assert (check["code"], check["advice"], check["main"]) == (0, "", False)
+    assert "a signature of vendor is required; list 1 of 2026-01-01: 1 of 1 keys count" in check["found"]
+    assert check["details"]["keys"] == {key: "counts"}
+
+
+@pytest.mark.parametrize("last", ["2026-11-22", "2027-01-21"])
+def test_a_key_that_expires_within_60_days_is_a_note(trusted: Keys, capsys: Captured, last: str) -> None:
+    trusted.write(last)
+    check = told(capsys)["keys"]
+    assert (check["code"], list(check["details"]["keys"].values())) == (0, ["expires soon"])
+    assert f"counts until {last}" in check["advice"]
+    assert main(["doctor"]) == 0
+    assert "note  keys" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "advice"),
+    [
+        ({"not_after": "2026-11-21"}, "expired", "counted until 2026-11-21"),
+        ({"not_before": "2026-11-23"}, "not yet", "no vendor key is left"),
+        ({"role": "site"}, "counts", "no vendor key is left"),
+        ({"issued": "2026-11-23", "not_after": "2026-11-22"}, "expired", "set the clock"),
+    ],
+)
+def test_no_key_left_is_told_and_stops_no_embedded_bundle(
+    trusted: Keys, capsys: Captured, change: dict[str, str], state: str, advice: str
+) -> None:
+    trusted.write(**change)
+    check = told(capsys)["keys"]
+    assert (check["code"], list(check["details"]["keys"].values())) == (81, [state])
+    assert advice in check["advice"]
+
+
+def test_a_list_that_is_missing_damaged_or_not_set_is_told(trusted: Keys, capsys: Captured) -> None:
+    assert "No such file" in told(capsys)["keys"]["advice"]
+    trusted.write()
+    trusted.file.write_bytes(trusted.file.read_bytes().replace(b"vendor", b"vendos"))
+    assert "was changed after" in told(capsys)["keys"]["advice"]
+    trusted.file.unlink()
+    trusted.file.mkdir()
+    assert "cannot read" in told(capsys)["keys"]["advice"]
+    trusted.settings.write_text("[bundles]\nrequire_signature = true\n")
+    check = told(capsys)["keys"]
+    assert (check["code"], check["advice"][:25]) == (81, "set bundles.trusted_keys ")
+    trusted.settings.write_text("")
+    assert told(capsys)["keys"]["code"] == 0
+
+
+def test_a_bundle_that_the_policy_refuses_is_code_81_where_it_is_the_main_job(
+    trusted: Keys, tiny_native: ModuleType, home: Path, capsys: Captured
+) -> None:
+    trusted.write()
+    tiny_native.make(home / "bundles" / "other", "The liver is not visible.")
+    assert told(capsys)["bundle other"]["code"] == 81
+    assert told(capsys, "--bundle", "other", code=81)["keys"]["code"] == 0
+
+
+# --- the machine's bundles --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the mode of a file has no such rights")
+def test_bundles_of_the_machine_are_told_and_a_folder_open_to_others_is_a_note(
+    tiny_native: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert "bundles.shared" in told(capsys)["shared bundles"]["found"]
+    shared = tmp_path / "machine"
+    monkeypatch.setenv("EDGEMED_BUNDLES_SHARED", str(shared))
+    for folder in (shared, home / "bundles"):
+        tiny_native.make(folder / "other", "The liver is not visible.")
+    checks = told(capsys, "--bundle", "other")
+    assert checks["shared bundles"]["details"] == {"folder": str(shared), "bundles": ["other"]}
+    assert "other goes before the one in" in checks["shared bundles"]["advice"]
+    shared.chmod(0o777)
+    assert told(capsys)["shared bundles"]["code"] == 20
+    assert "chmod go-w" in told(capsys, "--bundle", "other", code=20)["bundle other"]["advice"]
 
 
 # --- disk -------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import made_series
 import numpy as np
 import pytest
 
@@ -21,16 +20,6 @@ from edgemed.geometry import box_of
 Captured = pytest.CaptureFixture[str]
 ASK = ["--prompt", "Where is the liver?"]
 SHAPE = (7, 6, 8)  # [slices, rows, columns]
-
-
-def _made_series() -> ModuleType:
-    name, file = "edgemed_tests_made_series", Path(__file__).resolve().parents[1] / "helpers" / "made_series.py"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 class BrightSession:
@@ -117,7 +106,7 @@ def test_resample_writes_one_even_label_volume_and_seg(tmp_path: Path, capsys: C
     segread = pytest.importorskip("highdicom").seg.segread
     folder, out = tmp_path / "ct", tmp_path / "out"
     shown = [np.where(plane > 10, 500, 10).astype(np.uint16) for plane in bright()]
-    _made_series().write_series(folder, 7, pixels=shown)
+    made_series.write_series(folder, 7, pixels=shown)
     (folder / "s0004.dcm").unlink()  # a gap of one slice, within what is bright
     run = ["infer", str(folder), *ASK, "--to", "seg,nifti", "-o"]
     assert main([*run, str(tmp_path / "as is")]) == 0
@@ -135,7 +124,7 @@ def test_resample_writes_one_even_label_volume_and_seg(tmp_path: Path, capsys: C
 
 def test_resample_tells_where_it_cannot(tmp_path: Path, capsys: Captured) -> None:
     folder = tmp_path / "ct"
-    _made_series().write_series(folder, 7, pixels=[plane.astype(np.uint16) for plane in bright()])
+    made_series.write_series(folder, 7, pixels=[plane.astype(np.uint16) for plane in bright()])
     (folder / "s0004.dcm").unlink()
     run = ["infer", str(folder), *ASK, "--to", "seg", "-o", str(tmp_path / "out"), "--resample", "--slices", "1-3"]
     assert main(run) == 0

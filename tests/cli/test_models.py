@@ -44,6 +44,9 @@ def test_a_bundle_is_imported_listed_shown_and_removed(bundle: Path, capsys: Cap
         "calibrated": False,
         "size_bytes": 20,
         "embedded": False,
+        "place": "user",
+        "folder": str(bundle.parent / "home" / "bundles" / "tiny"),
+        "hides": None,
         "problem": None,
     }
     assert main(["models", "show", "tiny"]) == 0
@@ -93,6 +96,41 @@ def test_a_damaged_bundle_is_listed_with_its_problem(bundle: Path, capsys: Captu
     (bundle.parent / "home" / "bundles" / "damaged" / "bundle.json").write_text("{")
     assert main(["models", "list"]) == 0
     assert "not JSON" in capsys.readouterr().out
+
+
+def test_a_bundle_of_the_machine_is_imported_listed_and_removed(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert main(["models", "import", str(bundle), "--shared"]) == 1
+    assert "bundles.shared is not set" in capsys.readouterr().err
+    monkeypatch.setenv("EDGEMED_BUNDLES_SHARED", str(bundle.parent / "machine"))
+    assert main(["models", "import", str(bundle)]) == 0
+    assert main(["models", "import", str(bundle), "--shared"]) == 0
+    capsys.readouterr()
+    assert main(["models", "list"]) == 0
+    own = bundle.parent / "home" / "bundles" / "tiny"
+    assert f"shared, goes before {own}\n" in capsys.readouterr().out
+    assert main(["models", "list", "--json"]) == 0
+    row = next(row for row in json.loads(capsys.readouterr().out)["models"] if row["name"] == "tiny")
+    folders = {"folder": str(bundle.parent / "machine" / "tiny"), "hides": str(own)}
+    assert {"place": "shared", **folders}.items() <= row.items()
+    assert main(["models", "rm", "tiny"]) == 0
+    assert main(["models", "rm", "tiny"]) == 80
+    assert "which --shared removes" in capsys.readouterr().err
+    assert main(["models", "rm", "tiny", "--shared"]) == 0
+    assert main(["models", "show", "tiny"]) == 80
+
+
+def test_a_folder_here_is_imported_and_not_the_installed_bundle_of_its_name(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setenv("EDGEMED_BUNDLES_SHARED", str(bundle.parent / "machine"))
+    assert main(["models", "import", str(bundle), "--shared"]) == 0
+    (bundle / "reports" / "card.md").write_text("damaged")
+    monkeypatch.chdir(bundle.parent)
+    bundle.rename("tiny")
+    assert main(["models", "import", "tiny", "--shared", "--replace"]) == 80
+    assert "card.md has sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["show", "verify", "rm"])

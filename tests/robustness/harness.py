@@ -147,7 +147,7 @@ class Header(Target):
 
 
 class Pixel(Target):
-    """The first frame of a DICOM file, a PNG or a JPEG."""
+    """The first frame of a DICOM file, a PNG, a JPEG or a TIFF."""
 
     def open(self) -> None:
         from edgemed.dicom.reader import Reader
@@ -167,7 +167,7 @@ class Pixel(Target):
 
 
 class Volume(Target):
-    """A NIfTI or NRRD volume and its middle slice."""
+    """A NIfTI, NRRD or MetaImage volume and its middle slice."""
 
     def parse(self, data: bytes) -> None:
         from edgemed.dicom.volume_file import open_volume

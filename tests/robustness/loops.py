@@ -457,8 +457,45 @@ class Node(Loop):
         return "after" if done else "before"
 
 
+class AuditTrail(Loop):
+    """Records of the audit trail, that go on from one file to the next. What was told to be recorded is there."""
+
+    name = "audit trail"
+    told = 0
+
+    @staticmethod
+    def trail(base: Path) -> Any:
+        from edgemed.audit.trail import open_trail
+
+        return open_trail(base / "audit" / "1000", 400)
+
+    def make(self, base: Path) -> None:
+        for _ in range(6):
+            self.trail(base).append(lambda number: f"event {number}")
+
+    def act(self, base: Path) -> int:
+        from edgemed.errors import EdgemedError
+
+        numbers, told = [0], 0
+        try:
+            for _ in range(6):
+                self.trail(base).append(lambda number: numbers.append(number) or f"event {number}")
+                told = numbers[-1]
+        except EdgemedError:
+            self.told = told
+            raise
+        return 0
+
+    def state(self, base: Path) -> str:
+        told, self.told = max(self.told, 6), 0
+        verdict = self.trail(base).check()
+        assert not verdict.damage, verdict.damage
+        assert verdict.records >= told
+        return "after" if verdict.records >= 12 else "before"
+
+
 LOOPS: tuple[type[Loop], ...] = (
-    Import, ImportOver, Pack, Unpack, Write, WriteMoved, Sign, KeyPair, EngineCache, Results, Node,
+    Import, ImportOver, Pack, Unpack, Write, WriteMoved, Sign, KeyPair, EngineCache, Results, Node, AuditTrail,
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Makes the kept corpus: the starts below, and of their mutations the first for each way an input can end.
 
-    python tests/robustness/make_corpus.py [INPUTS_PER_TARGET]
+    python tests/robustness/make_corpus.py [INPUTS_PER_TARGET [TARGET...]]
 
 DICOM files are small ones of pydicom's own tests (MIT licence), without the pixels where they are long; everything else
 is written here. The same versions of pydicom and edgemed give the same bytes.
@@ -15,6 +15,7 @@ import json
 import random
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import harness
@@ -36,8 +37,8 @@ def starts() -> dict[str, list[bytes]]:
     """Return the inputs to start from."""
     made = {name: [dicom(file) for file in files] for name, files in DICOM.items()}
     made["header"].append(dicomdir())
-    made["pixel"] += [picture("PNG"), picture("JPEG")]
-    made["volume"] = volumes()
+    made["pixel"] += [picture("PNG"), picture("JPEG"), *tiffs()]
+    made["volume"] = [*volumes(), *metas()]
     made["manifest"] = manifests()
     made["config"] = [text.encode() for text in CONFIGS]
     made["prompt"] = [text.encode() for text in PROMPTS]
@@ -75,6 +76,29 @@ def picture(kind: str) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(stream, kind)
     return stream.getvalue()
+
+
+def tiffs() -> list[bytes]:
+    """Return TIFF files: colour as it is, and two pages of 16 bits, packed and turned by their orientation."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    pages = [Image.fromarray(np.arange(n, 192 + n, dtype=np.uint16).reshape(12, 16) * 300) for n in (0, 7)]
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw", tiffinfo={274: 6})
+    return [picture("TIFF"), stream.getvalue()]
+
+
+def metas() -> list[bytes]:
+    """Return MetaImage files with their voxels behind the header: as they are, and packed."""
+    raw = np.arange(120, dtype="<i2").tobytes()
+    packed = zlib.compress(raw)
+    head = (
+        "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = {}\n"
+        "TransformMatrix = 0.96 0.28 0 -0.28 0.96 0 0 0 1\nOffset = 1 2 3\nElementSpacing = 2 2 5\nDimSize = 4 5 6\n"
+        "ElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+    )
+    sized = f"True\nCompressedDataSize = {len(packed)}"
+    return [head.format("False").encode() + raw, head.format(sized).encode() + packed]
 
 
 def volumes() -> list[bytes]:
@@ -162,13 +186,15 @@ def told_by(target: harness.Target, data: bytes) -> str:
     return "read"
 
 
-def main(count: int) -> int:
-    """Write the corpus anew and print how large it is."""
-    for path in (*harness.CORPUS.glob("*/start-*"), *harness.CORPUS.glob("*/kept-*")):  # found-*: what once went wrong
-        path.unlink()
+def main(count: int, targets: list[str]) -> int:
+    """Write the corpus anew, that of all targets if none is named, and print how large it is."""
     for name, seeds in starts().items():
+        if targets and name not in targets:
+            continue
         folder = harness.CORPUS / name
         folder.mkdir(parents=True, exist_ok=True)
+        for path in (*folder.glob("start-*"), *folder.glob("kept-*")):  # found-*: what once went wrong
+            path.unlink()
         kept: dict[str, bytes] = {f"start {n}": seed for n, seed in enumerate(seeds)}
         with harness.TARGETS[name]() as target:
             for number in range(count):
@@ -184,4 +210,4 @@ def main(count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 1500))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 1500, sys.argv[2:]))

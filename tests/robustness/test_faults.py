@@ -21,6 +21,7 @@ pytest.importorskip("pynetdicom", reason="pynetdicom is not installed (extra: ed
 LOOPS = (
     "models import", "models import --replace", "bundle pack", "bundle unpack", "write_bundle, replacing",
     "write_bundle, moving", "bundle sign", "bundle keygen", "engine cache", "result writers", "journal and store",
+    "audit trail",
 )  # fmt: skip
 
 

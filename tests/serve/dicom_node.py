@@ -2,17 +2,24 @@
 
 Run as a program it makes nodes that tests kill: `python dicom_node.py FOLDER QUIET_SECONDS TARGET_PORT`; or it is an
 inference process with a stand-in for the model: `python dicom_node.py worker DEVICE THREADS`; or a batch about the
-studies of a folder: `python dicom_node.py batch FOLDER RESULTS`.
+studies of a folder: `python dicom_node.py batch FOLDER RESULTS`; or a node whose disk fills up, in a namespace of its
+own: `unshare -rm python dicom_node.py full FOLDER`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,6 +235,69 @@ def be_a_batch(out: str, studies: Sequence[Any]) -> None:
         Batch(store, [acting_process]).run(studies)
 
 
+def fill_the_disk(folder: Path) -> dict[str, Any]:
+    """Send a study to a node on a file system that is full before its end, make room, and send what was refused.
+
+    The study is quiet while the disk is full, so that its job is due then. The answer tells what the node did.
+    """
+    from edgemed.serve.node import Node
+    from edgemed.serve.store import Store
+
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], check=True)
+    files = write_instances(Path(tempfile.mkdtemp()), 10, size=200_000)
+    events: list[str] = []
+    clock = Clock()
+    with archive() as (pacs, port):
+        kept = settings(folder / "node", target_port=port, quiet_seconds=1.0, retry_seconds=0.05)
+        with Store(kept, now=clock) as store:
+            node = Node(store, quick_process, tell=lambda what, **facts: events.append(what))
+            node.start()
+            ballast = folder / "ballast"
+            ballast.write_bytes(b"\0" * (shutil.disk_usage(folder).free - 900_000))
+            first = send(node.address[1], files)
+            with open(ballast, "ab", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\0" * 4096)
+            while_full = node.journal.counts()["instances"]["stored"]
+            clock.seconds += 2
+            node.wake()
+            wait_until(lambda: "trouble" in events)
+            ballast.unlink()
+            refused = [file for file, status in zip(files, first, strict=True) if status != 0x0000]
+            second = send(node.address[1], refused)
+            clock.seconds += 2
+            wait_until(lambda: len(list(store.instances.rglob("*.dcm"))) == len(files) and all_quiet(node.journal))
+            items = node.journal.instances(f"{ROOT}.1")
+            same = sum(dcmread(store.instances / item.name) == dcmread(files[_number(item.uid)]) for item in items)
+            told = {
+                "statuses": [first, second], "kept while full": while_full, "kept": len(items), "as sent": same,
+                "left over": [path.name for path in store.incoming.iterdir()], "jobs": node.journal.counts()["jobs"],
+                "delivered": len(pacs.received), "events": events,
+            }  # fmt: skip
+            node.stop()
+    return told
+
+
+def _number(uid: str) -> int:
+    return int(uid.rpartition(".")[2]) - 1
+
+
+def all_quiet(journal: Any) -> bool:
+    """Tell whether nothing is left to be received, answered or delivered."""
+    counts = journal.counts()
+    return (
+        counts["studies"]["receiving"] == counts["jobs"]["queued"] == counts["jobs"]["running"] == 0
+        and counts["deliveries"]["pending"] == 0
+    )
+
+
+def wait_until(met: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "it did not happen"
+        threading.Event().wait(0.02)
+
+
 def batch_settings(out: Path, prompt: str = "?", **more: Any) -> NodeSettings:
     """Return settings of a batch whose results go to `out`."""
     targets = tuple(more.pop("targets", ()))
@@ -257,4 +327,7 @@ if __name__ == "__main__":
         from edgemed.serve.worker import serve_jobs
 
         sys.exit(serve_jobs(acting_process))
+    if sys.argv[1] == "full":
+        print(json.dumps(fill_the_disk(Path(sys.argv[2]))))
+        sys.exit()
     main(*sys.argv[1:])

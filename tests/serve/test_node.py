@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +18,8 @@ from typing import Any
 import pytest
 from pydicom import DataElement, dcmread
 from pydicom.config import IGNORE
+from pydicom.dataset import Dataset
+from pynetdicom.dsutils import encode
 
 from edgemed.errors import CannotRead, InvalidInput, NoInput
 from edgemed.serve.settings import MIB, Rule, Sender, Target
@@ -22,6 +28,13 @@ from edgemed.serve.work import Stopped
 Serve = Callable[..., Any]
 Scans = Callable[..., Sequence[Path]]
 Log = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def no_traceback(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Whatever a sender does, and in whichever thread, the node prints no traceback."""
+    yield
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def until(met: Callable[[], object], seconds: float = 30.0) -> None:
@@ -42,6 +55,7 @@ def test_an_acknowledged_instance_is_on_the_disk_as_it_was_sent(serve: Serve, he
     with serve() as node:
         assert helper.send(node.address[1], [file]) == [0x0000]
         (item,) = node.journal.instances(f"{helper.ROOT}.1")
+        assert (node.store.instances / item.name).read_bytes()[:132] == b"\0" * 128 + b"DICM"
         kept = dcmread(node.store.instances / item.name)
         assert kept == dcmread(file)
         assert kept.file_meta.TransferSyntaxUID == dcmread(file).file_meta.TransferSyntaxUID
@@ -211,6 +225,37 @@ def test_a_sender_that_leaves_within_an_instance_leaves_nothing(serve: Serve, he
         assert helper.send(node.address[1], [file]) == [0x0000]
 
 
+@pytest.mark.parametrize("how", ["abort", "reset", "wrong PDU", "cut PDU"])
+def test_an_association_that_breaks_within_an_instance_leaves_nothing(
+    connected: tuple[Any, socket.socket], helper: ModuleType, log: Log, how: str
+) -> None:
+    node, connection = connected
+    command = Dataset()
+    command.AffectedSOPClassUID, command.CommandField, command.MessageID = "1.2.840.10008.5.1.4.1.1.2", 1, 7
+    command.Priority, command.CommandDataSetType, command.AffectedSOPInstanceUID = 0, 1, f"{helper.ROOT}.9"
+    encoded = bytes(encode(command, True, True) or b"")
+    whole = struct.pack("<HHII", 0, 0, 4, len(encoded)) + encoded
+    for data, control in ((whole, 3), (b"\x08\0\x05\0CS\x0a\0ISO_IR 192" + b"\0" * 8000, 0)):
+        fragment = struct.pack(">IBB", len(data) + 2, 1, control) + data
+        connection.sendall(struct.pack(">BxI", 4, len(fragment)) + fragment)
+    until(lambda: list(node.store.incoming.iterdir()))
+    if how == "reset":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    else:
+        last = {
+            "abort": struct.pack(">BxI4x", 7, 4),
+            "wrong PDU": b"\x99\0\0\0\0\x04abcd",
+            "cut PDU": b"\4\0\0\0\x40\0ab",
+        }
+        connection.sendall(last[how])
+        assert is_closed(connection)
+    until(lambda: not list(node.store.incoming.iterdir()) and not node._server.active_associations)
+    assert node.journal.counts()["instances"] == {"stored": 0}
+    assert not any(line["event"] == "stored" for line in log)
+    until(lambda: _echoes(node.address[1], helper))
+
+
 def test_an_oversized_instance_is_refused_and_the_next_is_taken(serve: Serve, helper: ModuleType, scans: Scans) -> None:
     large, small = scans(1, 1, size=200_000)[0], scans(1, 2)[0]
     with serve(max_instance_mib=0.1) as node:
@@ -229,6 +274,55 @@ def test_a_disk_that_is_nearly_full_refuses_before_it_is_full(serve: Serve, help
         assert helper.send(port, files[1:2]) == [0xA700]
         free[0] = 1000 * MIB
         assert helper.send(port, files[1:]) == [0x0000, 0x0000]
+
+
+def test_a_full_file_system_refuses_and_loses_nothing(helper: ModuleType, tmp_path: Path) -> None:
+    """As `dicom_node.fill_the_disk` says, on a file system of 4 MiB."""
+    isolated = ("unshare", "-rm")
+    try:
+        probe = subprocess.run([*isolated, "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here (util-linux)")
+    if probe.returncode:
+        pytest.skip("a file system of one's own is not permitted here")
+    done = subprocess.run(
+        [*isolated, sys.executable, str(helper.__file__), "full", str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    first, second = told["statuses"]
+    assert set(first) == {0x0000, 0xA700}
+    assert set(second) == {0x0000}
+    assert told["kept while full"] == first.count(0x0000)
+    assert told["left over"] == []
+    assert told["kept"] == told["as sent"] == len(first)
+    assert told["jobs"] == {"queued": 0, "running": 0, "done": 1, "failed": 0}
+    assert told["delivered"] >= 1
+    assert "trouble" in told["events"]
+
+
+def test_a_slow_sender_is_served_and_keeps_nobody_out(serve: Serve, helper: ModuleType, scans: Scans) -> None:
+    (file,), (other,) = scans(1, 1, size=400_000), scans(1, 2)
+    with serve(network_seconds=1.0, max_associations=2, max_pdu=16384) as node:
+        with helper.association(node.address[1]) as assoc:
+            sock = assoc.dul.socket
+            real, others = sock.send, []
+
+            def send(data: bytes) -> None:
+                threading.Event().wait(0.06)  # each PDU is in time, the instance takes longer than one may
+                real(data)
+                if not others:
+                    others.extend(helper.send(node.address[1], [other]))
+
+            sock.send = send
+            began = time.monotonic()
+            assert assoc.send_c_store(file).Status == 0x0000
+            assert time.monotonic() - began > 1.0
+        assert others == [0x0000]
+        (item,) = node.journal.instances(f"{helper.ROOT}.1")
+        assert dcmread(node.store.instances / item.name) == dcmread(file)
 
 
 def test_a_full_queue_refuses_a_new_study_but_not_the_rest_of_one(
@@ -396,6 +490,27 @@ def test_a_job_that_keeps_failing_is_given_up(
         assert not node.run_job()
         assert node.journal.counts()["jobs"]["failed"] == 1
     assert "Planted" not in str(log)
+
+
+@pytest.mark.parametrize("step", ["finish", "fail"])
+def test_a_job_whose_end_the_full_disk_does_not_take_is_run_again(
+    serve: Serve, helper: ModuleType, scans: Scans, clock: Any, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    process = Failing(RuntimeError("no room"), 1, helper.quick_process) if step == "fail" else helper.quick_process
+    with quiet_node(serve, helper, scans, clock, process) as node:
+        with monkeypatch.context() as patch:
+
+            def full(*_: Any) -> None:
+                raise sqlite3.OperationalError("database or disk is full")
+
+            patch.setattr(node.journal, step, full)
+            patch.setattr(node.journal, "fail", full)
+            with pytest.raises(sqlite3.OperationalError):
+                node.run_job()
+        assert node.journal.counts()["jobs"] == {"queued": 0, "running": 1, "done": 0, "failed": 0}
+        assert node.run_job()
+        assert node.journal.counts()["jobs"] == {"queued": 0, "running": 0, "done": 1, "failed": 0}
+        assert node.journal.counts()["results"] == {"stored": 1}
 
 
 def test_an_error_that_would_come_again_is_not_tried_again(

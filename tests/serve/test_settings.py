@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,22 @@ def test_a_missing_file_and_one_that_is_no_toml(tmp_path: Path) -> None:
 def test_a_mistake_is_told(table: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidInput, match=told):
         to_settings(table)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the mode of a file has no such rights")
+def test_a_tls_key_that_others_have_rights_to_is_refused(tmp_path: Path) -> None:
+    key = tmp_path / "node.key"
+    key.touch()
+    text = f"{GOOD}[tls]\ncertificate = 'c'\nkey = '{key}'\nauthorities = 'a'\n"
+    (tmp_path / "node.toml").write_text(text)
+    for mode in (0o644, 0o640, 0o620, 0o601):
+        key.chmod(mode)
+        with pytest.raises(CannotRead, match=r"node\.key holds a secret and others have rights to it; chmod 600 it"):
+            read_settings(tmp_path / "node.toml")
+    key.chmod(0o600)
+    assert read_settings(tmp_path / "node.toml").tls is not None
+    key.unlink()  # as for one who asks for the status and may not look into the folder of keys
+    assert read_settings(tmp_path / "node.toml").tls is not None
 
 
 def test_beyond_loopback_needs_to_be_said() -> None:

@@ -63,6 +63,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate, secret = self.folder / f"{name}.crt", self.folder / f"{name}.key"
         certificate.write_bytes(self._pem(self._signed(name, key.public_key(), ca=False, days=days)))
+        secret.touch(0o600)
         secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return Tls(str(certificate), str(secret), str(self.file))
 
