@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import edgemed  # noqa: F401 - before NumPy, whose threads then sleep between products (`edgemed.blas`)
+
 HERE = Path(__file__).resolve().parent
 
 

@@ -8,6 +8,7 @@ What a file that cannot be read ends in (class, exit code):
     truncated: ends inside its header, frame, or picture                CannotRead        20
     a folder; an empty file                                             NoInput           21
     neither DICOM nor PNG, JPEG, TIFF; not a plain file                 InvalidInput      22
+    a program as well as DICOM, by its preamble                         InvalidInput      22
     damaged: codestream, palette, tables; required elements missing     InvalidInput      22
     a file on which a decoder crashes                                   InvalidInput      22
     codestream and header disagree on the size; no such frame           InvalidInput      22
@@ -21,7 +22,7 @@ Messages hold paths, sizes and names from the standard, never the value of an el
 
 Series are found by `series`, chosen by `select`, judged by `geometry_verdict`; NIfTI and NRRD come in by `volume_file`.
 
-Does not cover: overlays, shutters, ICC profiles, Real World Value Maps, video transfer syntaxes.
+Does not cover: overlays, shutters, Real World Value Maps, video transfer syntaxes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,11 @@ names pydicom looks for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from math import ceil
+from struct import error as StructError
+from struct import unpack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,8 +65,8 @@ def _decode_frame(src: bytes, runner: DecodeRunner) -> bytes:
     return array.tobytes()
 
 
-def read_stored(header: h.Header, frame: int, limits: Limits) -> tuple[npt.NDArray[Any], str]:
-    """Return (stored values, photometric interpretation) of frame `frame` (0-based).
+def read_stored(header: h.Header, frame: int, limits: Limits, skip: Sequence[str] = ()) -> tuple[npt.NDArray[Any], str]:
+    """Return (stored values, photometric interpretation) of frame `frame` (0-based), decoded by none of `skip`.
 
     Stored values: [rows, columns] or [rows, columns, 3], of the file's own integer or float type, unused bits cleared.
     YBR_FULL and YBR_FULL_422 come back as RGB.
@@ -73,7 +77,7 @@ def read_stored(header: h.Header, frame: int, limits: Limits) -> tuple[npt.NDArr
     """
     if not 0 <= frame < header.frames:
         raise InvalidInput(f"frame {frame} was asked for; the file has {header.frames} (0 to {header.frames - 1})")
-    return _native(header, frame) if header.native else _encapsulated(header, frame, limits)
+    return _native(header, frame) if header.native else _encapsulated(header, frame, limits, skip)
 
 
 def _native(header: h.Header, frame: int) -> tuple[npt.NDArray[Any], str]:
@@ -115,7 +119,7 @@ def _bits(header: h.Header, frame: int) -> npt.NDArray[np.uint8]:
     )
 
 
-def _encapsulated(header: h.Header, frame: int, limits: Limits) -> tuple[npt.NDArray[Any], str]:
+def _encapsulated(header: h.Header, frame: int, limits: Limits, skip: Sequence[str]) -> tuple[npt.NDArray[Any], str]:
     data = _frame_bytes(header, frame)
     check_stream(header, data, limits)
     from pydicom.pixels import get_decoder
@@ -123,16 +127,33 @@ def _encapsulated(header: h.Header, frame: int, limits: Limits) -> tuple[npt.NDA
     decoder = get_decoder(header.transfer_syntax)
     if LABEL not in decoder._available and is_available(header.transfer_syntax):
         decoder.add_plugin(LABEL, ("edgemed.dicom.decode", "_decode_frame"))
-    plugins = [p for p in _ORDER[header.transfer_syntax] if p in decoder.available_plugins]
+    plugins = [p for p in _ORDER[header.transfer_syntax] if p in decoder.available_plugins and p not in skip]
     name = h._uid_name(header.transfer_syntax)
     if not plugins:
         raise UnsupportedDicom(f"no decoder for {name} is installed; reinstall edgemed with its dependencies")
     for plugin in plugins:
         try:
-            return _decode(header, frame, header.photometric, plugin, raw=False)
+            array, shown = _decode(header, frame, header.photometric, plugin, raw=False)
         except InvalidInput:
             continue
+        return _sign_extended(array, header), shown
     raise InvalidInput(f"the {name} pixel data cannot be decoded: the stream is damaged or does not fit the header")
+
+
+def _sign_extended(array: npt.NDArray[Any], header: h.Header) -> npt.NDArray[Any]:
+    """Return grey values with what lies above their stored bits replaced: by the sign, by zero where there is none.
+
+    pydicom 3.0.2 does so where the codestream has fewer bits than are allocated; in one of 16 bits a signed 12-bit -20
+    stayed 4076. Lossy streams are left alone: they may overshoot the stored bits, and 4097 must not become 1.
+    """
+    unused = 8 * array.dtype.itemsize - int(header.ds.BitsStored)
+    high_bit = header.ds.get("HighBit")
+    if array.ndim != 2 or array.dtype.kind not in "iu" or unused <= 0 or header.transfer_syntax not in h.LOSSLESS:
+        return array
+    if high_bit is not None and high_bit != header.ds.BitsStored - 1:
+        return array
+    extended: npt.NDArray[Any] = (array << unused) >> unused
+    return extended
 
 
 def _decode(header: h.Header, frame: int, photometric: str, plugin: str, raw: bool) -> tuple[npt.NDArray[Any], str]:
@@ -168,13 +189,15 @@ def _frame_bytes(header: h.Header, frame: int) -> bytes:
     file.short = False
     table = header.ds.get("ExtendedOffsetTable"), header.ds.get("ExtendedOffsetTableLengths")
     try:
+        _check_offsets(header, frame, table[0] if all(table) else None)
+        file.seek(header.offset)
         data = get_frame(
             file,
             frame,
             number_of_frames=header.frames,
             extended_offsets=table if all(table) else None,
         )
-    except (ValueError, IndexError, EOFError, TypeError, StopIteration):
+    except (ValueError, IndexError, EOFError, TypeError, StopIteration, StructError):
         if file.short or file.tell() >= file.size:
             raise CannotRead(f"the pixel data is truncated: frame {frame} is not complete") from None
         raise InvalidInput(f"the encapsulated pixel data is damaged: frame {frame} cannot be found") from None
@@ -183,6 +206,29 @@ def _frame_bytes(header: h.Header, frame: int) -> bytes:
     if not data:
         raise InvalidInput(f"frame {frame} of the encapsulated pixel data is empty")
     return data
+
+
+def _check_offsets(header: h.Header, frame: int, extended: bytes | None) -> None:
+    """Raise ValueError unless the offset table (`extended`, else the basic one) is empty or leads to frame `frame`.
+
+    One offset a frame, ascending from 0, each to an item: a table that is not would show another frame without a word.
+    Source: DICOM PS3.5 A.4.
+    """
+    from pydicom.encaps import parse_basic_offsets
+
+    file = header.file
+    offsets = parse_basic_offsets(file)
+    start = file.tell()
+    if extended is not None:
+        offsets = list(unpack(f"<{len(extended) // 8}Q", extended))
+    if not offsets:
+        return
+    if len(offsets) != header.frames or offsets[0] != 0 or any(a >= b for a, b in pairwise(offsets)):
+        raise ValueError("the offsets do not ascend, one a frame")
+    for offset in offsets[frame : frame + 2]:
+        file.seek(start + offset)
+        if file.read(4) != b"\xfe\xff\x00\xe0":
+            raise ValueError("an offset does not lead to an item")
 
 
 def check_stream(header: h.Header, data: bytes, limits: Limits) -> None:

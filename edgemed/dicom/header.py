@@ -32,6 +32,7 @@ JPEG = tuple(_JPEG + n for n in ("50", "51", "57", "70"))
 JPEG_LS = tuple(_JPEG + n for n in ("80", "81"))
 J2K = tuple(_JPEG + n for n in ("90", "91"))
 HTJ2K = tuple(_JPEG + n for n in ("201", "202", "203"))
+LOSSLESS = (RLE, *JPEG[2:], JPEG_LS[0], J2K[0], *HTJ2K[:2])
 NATIVE = (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED)
 SUPPORTED = (*NATIVE, RLE, *JPEG, *JPEG_LS, *J2K, *HTJ2K)
 PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422",
@@ -49,7 +50,7 @@ _WANTED = (
     "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence",
     *(f"{c}PaletteColorLookupTable{x}" for c in ("Red", "Green", "Blue") for x in ("Descriptor", "Data")),
     *(f"Segmented{c}PaletteColorLookupTableData" for c in ("Red", "Green", "Blue")),
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ICCProfile", "OpticalPathSequence",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 )  # fmt: skip
 

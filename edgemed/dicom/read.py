@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from edgemed.core import Scan, Window
 from edgemed.dicom.limits import Limits
@@ -12,11 +13,11 @@ _UID = re.compile(r"[0-9.]{1,64}\Z")
 _MODALITY = re.compile(r"[A-Z0-9_ ]{1,16}\Z")
 
 
-def read_here(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:
-    """Return frame `frame` of `path`. Raises the errors listed in `edgemed.dicom`."""
+def read_here(path: str, frame: int, window: Window | None, limits: Limits, skip: Sequence[str] = ()) -> Scan:
+    """Return frame `frame` of `path`, decoded by none of `skip`. Raises the errors listed in `edgemed.dicom`."""
     if sniff(path) == "picture":
         return _picture(path, frame, window, limits)
-    return _dicom(path, frame, window, limits)
+    return _dicom(path, frame, window, limits, skip)
 
 
 def _picture(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:
@@ -27,14 +28,14 @@ def _picture(path: str, frame: int, window: Window | None, limits: Limits) -> Sc
     return Scan(shown.pixels[None], "OT", window=window, first_frame=frame, total_frames=pages)
 
 
-def _dicom(path: str, frame: int, window: Window | None, limits: Limits) -> Scan:
+def _dicom(path: str, frame: int, window: Window | None, limits: Limits, skip: Sequence[str]) -> Scan:
     from edgemed.dicom.decode import read_stored
     from edgemed.dicom.header import read_header
     from edgemed.dicom.values import pixel_spacing, to_shown
 
     with open(path, "rb") as file:
         header = read_header(file, limits)
-        stored, photometric = read_stored(header, frame, limits)
+        stored, photometric = read_stored(header, frame, limits, skip)
         shown = to_shown(stored, photometric, header, frame, window)
         uids = (_uid(header.ds.get(k)) for k in ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"))
         series, study, reference = uids

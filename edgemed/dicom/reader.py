@@ -54,6 +54,7 @@ class Reader:
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._child: subprocess.Popen[bytes] | None = None
+        self._crashed = False
 
     def __enter__(self) -> Reader:
         return self
@@ -90,9 +91,15 @@ class Reader:
         if frame < 0:
             raise InvalidInput(f"frame {frame} was asked for; frames count from 0")
         sniff(name)
-        self.start()
         try:
-            return self._ask(name, frame, asked)
+            self.start()
+            try:
+                return self._ask(name, frame, asked)
+            except InvalidInput:
+                if not self._crashed:
+                    raise
+            self.start()  # gdcm ends its process on what it does not expect, where another decoder may well read on
+            return self._ask(name, frame, asked, skip=("gdcm",))
         except EdgemedError as error:
             raise type(error)(f"{os.fspath(path)}: {error}") from None
 
@@ -115,7 +122,9 @@ class Reader:
             self._child.stdin.write(json.dumps(message).encode() + b"\n")
             self._child.stdin.flush()
 
-    def _ask(self, path: str, frame: int, window: Window | None) -> Scan:
+    def _ask(self, path: str, frame: int, window: Window | None, skip: tuple[str, ...] = ()) -> Scan:
+        """Return the child's Scan. skip: decoders that are not to be tried."""
+        self._crashed = False
         child = self._child
         assert child is not None
         assert child.stdout is not None
@@ -129,7 +138,8 @@ class Reader:
         clock.daemon = True
         clock.start()
         try:
-            self._write({"path": path, "frame": frame, "window": asdict(window) if window else None})
+            asked = asdict(window) if window else None
+            self._write({"path": path, "frame": frame, "window": asked, "skip": skip})
             return self._reply(child)
         except EOFError:
             raise self._ended(child, expired.is_set()) from None
@@ -152,6 +162,7 @@ class Reader:
         if code < 0 and -code == _signal("SIGKILL"):
             return ResourceLimit("the system ended the decoder; there is too little memory for the file")
         if code < 0:
+            self._crashed = True
             return InvalidInput(f"the decoder crashed on it (signal {-code}); the file is damaged")
         if code == 1 and _memory_is_limited():
             return OutOfMemory("the decoding process could not start; allow this process more memory (ulimit -v)")

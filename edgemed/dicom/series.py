@@ -346,9 +346,13 @@ def find_series(
 
 
 def _is_dicom(path: str) -> bool:
+    """Return whether a file that was refused is DICOM, if only by its mark: it is told then, not passed over."""
+    if not os.path.isfile(path):
+        return False
     try:
-        return sniff(path) != "picture"
-    except EdgemedError:
+        with open(path, "rb") as file:
+            return kind_of(file.read(132), os.path.getsize(path)) in ("dicom", "bare-dicom")
+    except OSError:
         return False
 
 

@@ -28,13 +28,19 @@ _KNOWN = (
     (b"ObjectType = Image", "a MetaImage volume"),
     (b"\x5c\x01\x00\x00", "a NIfTI volume"),
 )
+_PROGRAMS = (
+    b"MZ", b"\x7fELF", b"#!", b"\xca\xfe\xba\xbe",
+    b"\xfe\xed\xfa\xce", b"\xfe\xed\xfa\xcf", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe",
+)  # fmt: skip
+"""Windows, Linux, a script; macOS for several processors, and for one in either byte order."""
 
 
 def sniff(path: str) -> Kind:
     """Return the kind of the file at `path`.
 
     Raises CannotRead (20) if it is missing or may not be read, NoInput (21) for a folder or an empty file, InvalidInput
-    (22) if it is not a plain file or neither DICOM nor a PNG, JPEG or TIFF picture.
+    (22) if it is not a plain file, neither DICOM nor a PNG, JPEG or TIFF picture, or a program as well as DICOM (any
+    128 bytes may precede "DICM": CVE-2019-11687).
     """
     try:
         facts = os.stat(path)
@@ -55,6 +61,8 @@ def sniff(path: str) -> Kind:
     if kind is None:
         looks = next((f" (it looks like {what})" for magic, what in _KNOWN if head.startswith(magic)), "")
         raise InvalidInput(f"{path} is not a DICOM file or a PNG, JPEG or TIFF picture{looks}")
+    if kind == "dicom" and head.startswith(_PROGRAMS):
+        raise InvalidInput(f"{path} is a program as well as a DICOM file: its preamble starts like one; not opened")
     return kind
 
 

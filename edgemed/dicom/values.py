@@ -6,6 +6,8 @@ only the files that have them pay. pydicom's `apply_modality_lut` ignores functi
 intercept). Real World Value Maps are not applied: the VOI window of a file is defined on the modality values (PS3.3
 C.11.2).
 
+Colour becomes sRGB: an ICC profile is applied, or ignored if it is damaged.
+
 MONOCHROME1, or Presentation LUT Shape INVERSE: values are mirrored about the middle of the representable range, so that
 the twin with inverted stored values gives equal pixels; the window is mirrored along.
 
@@ -46,6 +48,11 @@ def to_shown(stored: Array, photometric: str, header: Header, frame: int, user_w
 
     Raises UnsupportedDicom for a colour space that is not supported, InvalidInput for tables that do not fit.
     """
+    shown = _shown(stored, photometric, header, frame, user_window)
+    return shown if shown.window else Shown(_to_srgb(shown.pixels, header.ds), None)
+
+
+def _shown(stored: Array, photometric: str, header: Header, frame: int, user_window: Window | None) -> Shown:
     if photometric in ("MONOCHROME1", "MONOCHROME2"):
         return _grey(stored, photometric, header, frame, user_window)
     if photometric == "PALETTE COLOR":
@@ -303,6 +310,32 @@ def _from_partial(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     rgb = np.stack((y + 1.5960 * r, y - 0.3917 * b - 0.8130 * r, y + 2.0173 * b), axis=-1)
     out: npt.NDArray[np.uint8] = np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
     return out
+
+
+def _to_srgb(image: npt.NDArray[np.uint8], ds: Dataset) -> npt.NDArray[np.uint8]:
+    """Return RGB as sRGB where the file has an ICC profile (of a slide: its first optical path's) that can be read.
+
+    One that calls itself sRGB changes nothing. Little CMS would: through "sRGB v4 ICC preference", which highdicom
+    writes, random colours came back 12 levels off on average, 104 at most.
+
+    Source: PS3.3 C.11.15, C.8.12.5.
+    """
+    paths = ds.get("OpticalPathSequence")
+    profile = ds.get("ICCProfile") or (paths[0].get("ICCProfile") if paths else None)
+    if not isinstance(profile, bytes):
+        return image
+    import io
+
+    from highdicom.color import ColorManager
+    from PIL import ImageCms
+
+    try:
+        name: str = ImageCms.getProfileDescription(io.BytesIO(profile))
+        return image if "srgb" in name.lower() else np.asarray(ColorManager(profile).transform_frame(image), np.uint8)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  a profile that Pillow refuses, by any of four classes, says nothing of the pixels
+        return image
 
 
 def _supplemental(ds: Dataset) -> int | None:

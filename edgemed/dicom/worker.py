@@ -80,7 +80,7 @@ def json_reply(values: Mapping[str, Any]) -> Reply:
 
 def _serve(request: dict[str, Any], limits: Limits) -> Reply:
     window = Window(**request["window"]) if request["window"] else None
-    return partial(_send, read_here(request["path"], request["frame"], window, limits))
+    return partial(_send, read_here(request["path"], request["frame"], window, limits, request["skip"]))
 
 
 def _fail(error: EdgemedError, replies: BinaryIO) -> None:

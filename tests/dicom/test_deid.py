@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import result_inputs as helper
 from pydicom import DataElement, Dataset, dcmread, dcmwrite
 from pydicom.data import get_testdata_file
 from pydicom.datadict import DicomDictionary, dictionary_keyword, tag_for_keyword
@@ -31,18 +29,6 @@ PATIENT = "Zauberberg"
 KEPT_PARTS = ("CodingSchemeDesignator", "CodingSchemeVersion")
 
 
-def _helper() -> ModuleType:
-    file = Path(__file__).resolve().parent.parent / "helpers" / "result_inputs.py"
-    name = "edgemed_tests_result_inputs"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-helper = _helper()
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pydicom")  # what real files hold, it finds fault with
 
 

@@ -114,10 +114,14 @@ def ybr(rgb: Array) -> Array:
     return image
 
 
-def test_ybr_full_becomes_rgb(reader: Reader, write_dicom: Write) -> None:
+@pytest.mark.parametrize("planar", [0, 1])
+def test_ybr_full_becomes_rgb(reader: Reader, write_dicom: Write, planar: int) -> None:
     rgb = smooth()
     image = ybr(rgb).round().clip(0, 255).astype(np.uint8)
-    scan = reader.read(write_dicom(image, PhotometricInterpretation="YBR_FULL"))
+    stored = np.moveaxis(image, -1, 0) if planar else image
+    scan = reader.read(
+        write_dicom(image, PhotometricInterpretation="YBR_FULL", PlanarConfiguration=planar, PixelData=stored.tobytes())
+    )
     assert np.abs(scan.pixels[0].astype(int) - rgb).max() <= 2
 
 
@@ -183,11 +187,18 @@ def htj2k(image: Array) -> bytes:
     return bytes(imagecodecs.htj2k_encode(image, reversible=True))
 
 
+def ljpeg(image: Array) -> bytes:
+    return bytes(imagecodecs.ljpeg_encode(image, bitspersample=12 if image.dtype == np.uint16 else 8))
+
+
 LOSSLESS: dict[str, Callable[[Array], bytes]] = {
-    JPEG + "70": lambda a: bytes(imagecodecs.ljpeg_encode(a, bitspersample=12 if a.dtype == np.uint16 else 8)),
+    JPEG + "57": ljpeg,
+    JPEG + "70": ljpeg,
     JPEG + "80": lambda a: bytes(imagecodecs.jpegls_encode(a)),
     JPEG + "90": lambda a: bytes(imagecodecs.jpeg2k_encode(a, level=0, codecformat="j2k", reversible=True)),
     JPEG + "201": htj2k,
+    JPEG + "202": htj2k,
+    JPEG + "203": htj2k,
 }
 
 
@@ -199,6 +210,31 @@ def test_lossless_compression_gives_the_stored_values(
     image = grey(dtype, 0, 255 if dtype == "u1" else 4095, 64, 96)
     scan = reader.read(write_dicom(image, syntax=syntax, encoded=[LOSSLESS[syntax](image)]))
     np.testing.assert_array_equal(scan.pixels[0], image)
+
+
+@pytest.mark.parametrize("number", ["57", "70", "80", "90", "201"])
+@pytest.mark.parametrize(("dtype", "stored"), [("i1", 7), ("i2", 12), ("i2", 13), ("i2", 16)])
+@pytest.mark.parametrize("above", ["sign", "zero"])
+def test_signed_values_keep_their_sign_whatever_the_codestream_holds_above_them(
+    reader: Reader, write_dicom: Write, number: str, dtype: str, stored: int, above: str
+) -> None:
+    image = grey(dtype, -(1 << stored - 1), (1 << stored - 1) - 1, 32, 32)
+    bits = image.view(dtype.replace("i", "u"))
+    if above == "zero":
+        bits = bits & bits.dtype.type((1 << stored) - 1)
+    is_jpeg, depth = number in ("57", "70"), 8 * image.itemsize
+    frame = bytes(imagecodecs.ljpeg_encode(bits, bitspersample=depth)) if is_jpeg else LOSSLESS[JPEG + number](bits)
+    path = write_dicom(image, syntax=JPEG + number, BitsStored=stored, encoded=[frame])
+    np.testing.assert_array_equal(reader.read(path).pixels[0], image)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2"])
+def test_near_lossless_signed_values_keep_their_sign(reader: Reader, write_dicom: Write, dtype: str) -> None:
+    top = 127 if dtype == "i1" else 32767
+    image = np.where(grey(dtype, -top, top, 32, 32) < 0, -20, grey(dtype, 8, top - 8, 32, 32)).astype(dtype)
+    frame = bytes(imagecodecs.jpegls_encode(image.view(f"u{image.itemsize}"), level=2))
+    scan = reader.read(write_dicom(image, syntax=JPEG + "81", encoded=[frame]))
+    assert np.abs(scan.pixels[0] - image).max() <= 2
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "u2"])
@@ -218,6 +254,20 @@ def test_twelve_bit_jpeg_extended_is_read(reader: Reader, write_dicom: Write) ->
     frame = bytes(imagecodecs.jpeg_encode(image, level=98, bitspersample=12))
     scan = reader.read(write_dicom(image, syntax=JPEG + "51", encoded=[frame], BitsStored=12))
     assert np.abs(scan.pixels[0] - image).max() < 30
+
+
+@pytest.mark.parametrize("number", ["50", "57", "70"])
+@pytest.mark.parametrize(
+    "segment",
+    [b"\xff\xe0\0\x04JF", b"\xff\xe0\0\x07JFIF\0", b"\xff\xff\xff\xfe\0\x04ab",
+     b"\xff\xe0\0\x10JFIF\0\x09\x09\x05\0\0\0\0\x10\x10"],
+    ids=["no JFIF", "cut", "fill bytes and a comment", "unknown version, on which gdcm ends its process"],
+)  # fmt: skip
+def test_odd_markers_of_a_jpeg_do_no_harm(reader: Reader, write_dicom: Write, number: str, segment: bytes) -> None:
+    image = grey("u1", 0, 255, 64, 96)
+    frame = bytes(imagecodecs.jpeg_encode(image, level=98)) if number == "50" else ljpeg(image)
+    path = write_dicom(image, syntax=JPEG + number, encoded=[frame[:2] + segment + frame[2:]])
+    assert np.abs(reader.read(path).pixels[0] - image).max() <= (2 if number == "50" else 0)
 
 
 @pytest.mark.parametrize("photometric", ["YBR_FULL_422", "YBR_FULL"])
@@ -243,7 +293,9 @@ def test_each_frame_of_a_compressed_file_is_its_own(reader: Reader, write_dicom:
         np.testing.assert_array_equal(reader.read(path, frame=n).pixels[0], images[n])
 
 
-@pytest.mark.parametrize("uid", [JPEG + "100", JPEG + "110", "1.2.840.10008.1.2.8.1", "1.2.3.4.5.6.7.8.9.10.11"])
+@pytest.mark.parametrize(
+    "uid", [*(JPEG + n for n in ("100", "110", "111", "112")), "1.2.840.10008.1.2.8.1", "1.2.3.4.5.6.7.8.9.10.11"]
+)
 def test_other_transfer_syntaxes_are_unsupported(reader: Reader, write_dicom: Write, uid: str) -> None:
     placeholder = JPEG + ("201" if len(uid) == 23 else "90")
     path = write_dicom(grey("u1", 0, 9), syntax=placeholder, encoded=[b"\0" * 64])
@@ -255,7 +307,7 @@ def test_other_transfer_syntaxes_are_unsupported(reader: Reader, write_dicom: Wr
         reader.read(path)
 
 
-@pytest.mark.parametrize("photometric", ["HSV", "CMYK", "XYB"])
+@pytest.mark.parametrize("photometric", ["HSV", "CMYK", "XYB", "YBR_PARTIAL_420"])
 def test_other_colour_spaces_are_unsupported(reader: Reader, write_dicom: Write, photometric: str) -> None:
     with pytest.raises(UnsupportedDicom):
         reader.read(write_dicom(smooth(4, 4), PhotometricInterpretation=photometric))

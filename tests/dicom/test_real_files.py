@@ -159,6 +159,38 @@ def test_the_same_image_is_the_same_in_every_encoding(reader: Reader, one: str, 
     np.testing.assert_array_equal(values(reader, one), values(reader, other))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        # JPEG: colour transform said by the header, by APP14, by neither; odd size; subsampled; 12 bits; lossless
+        "SC_rgb_dcmtk_+eb+cr.dcm", "SC_rgb_dcmtk_+eb+cy+n1.dcm", "SC_rgb_dcmtk_+eb+cy+n2.dcm",
+        "SC_rgb_dcmtk_+eb+cy+np.dcm", "SC_rgb_dcmtk_+eb+cy+s2.dcm", "SC_rgb_dcmtk_+eb+cy+s4.dcm",
+        "SC_jpeg_no_color_transform.dcm", "SC_jpeg_no_color_transform_2.dcm", "SC_rgb_jpeg_app14_dcmd.dcm",
+        "SC_rgb_jpeg.dcm", "SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_jpeg_lossy_gdcm.dcm", "SC_rgb_small_odd_jpeg.dcm",
+        "examples_ybr_color.dcm", "JPEG-lossy.dcm", "JPGExtended.dcm", "JPEG-LL.dcm", "JPGLosslessP14SV1_1s_1f_8b.dcm",
+        "SC_rgb_jpeg_gdcm.dcm",
+        # JPEG-LS and JPEG 2000: near lossless, sign or depth other than the header's, colour transforms
+        "JPEGLSNearLossless_08.dcm", "JPEGLSNearLossless_16.dcm", "SC_rgb_jls_lossy_line.dcm",
+        "SC_rgb_jls_lossy_sample.dcm", "MR_small_jpeg_ls_lossless.dcm", "J2K_pixelrep_mismatch.dcm",
+        "GDCMJ2K_TextGBR.dcm", "693_J2KI.dcm", "JPEG2000.dcm", "SC_rgb_gdcm_KY.dcm", "examples_jpeg2k.dcm",
+        "RG1_J2KI.dcm", "US1_J2KI.dcm", "bad_sequence.dcm",
+        # others: overlays, palettes, 422, big endian, deflated, padded
+        "MR-SIEMENS-DICOM-WithOverlays.dcm", "examples_overlay.dcm", "examples_palette.dcm", "OT-PAL-8-face.dcm",
+        "SC_ybr_full_422_uncompressed.dcm", "ExplVR_BigEnd.dcm", "image_dfl.dcm", "MR_small_padded.dcm",
+    ],
+)  # fmt: skip
+def test_a_second_decoder_shows_the_same(reader: Reader, name: str) -> None:
+    sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed (extra: edgemed[test])")
+    path = package_folder("pydicom", "data", "test_files", name)
+    path = path if path.exists() else package_folder("data_store", "data", name)
+    expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    scan = reader.read(path)
+    np.testing.assert_array_equal(scan.pixels[0], expected.reshape((-1, *scan.pixels.shape[1:]))[0])
+    truth = values(reader, "SC_rgb.dcm")
+    if name.startswith("SC_rgb_") and scan.pixels.shape[1:] == truth.shape:  # that decoder may be the same: the bars
+        assert np.abs(scan.pixels[0] - truth).mean() < 3
+
+
 def test_last_frame_of_a_compressed_cine_is_reached(reader: Reader) -> None:
     path = package_folder("data_store", "data", "color3d_jpeg_baseline.dcm")
     first, last = reader.read(path), reader.read(path, frame=119)

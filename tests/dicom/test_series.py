@@ -15,6 +15,7 @@ import pytest
 
 from edgemed.dicom import Limits
 from edgemed.dicom import series as module
+from edgemed.dicom.select import choose
 from edgemed.dicom.series import Found, Series, find_series, is_source, open_source
 from edgemed.errors import InvalidInput, NoInput, ResourceLimit
 
@@ -177,6 +178,30 @@ def test_a_localizer_is_no_volume(tmp_path: Path) -> None:
     made.write_series(tmp_path, 3, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     series = only(tmp_path)
     assert (series.verdict.kind, series.is_original, series.verdict.is_volume) == ("localizer", False, False)
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"},
+        {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.4", "Modality": "CT"},
+        {"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 PROT"]},
+        {"ImageType": ["ORIGINAL", "PRIMARY", "SCREEN SAVE"]},
+        {"Modality": "SR"},
+        {"Modality": "DOC"},
+        {"Modality": "RTDOSE"},
+        {"Modality": "SEG"},
+    ],
+    ids=["secondary capture", "coloured screenshot of a CT", "dose sheet", "screen save", "SR", "DOC", "dose", "SEG"],
+)
+def test_what_is_no_picture_of_a_patient_is_not_taken_before_one_that_is(
+    tmp_path: Path, elements: dict[str, object]
+) -> None:
+    made.write_series(tmp_path / "a", 9, SeriesInstanceUID="1.2.1", **elements)
+    made.write_series(tmp_path / "b", 2, SeriesInstanceUID="1.2.2")
+    stacks = found(tmp_path).series
+    assert {s.uid: s.is_original for s in stacks} == {"1.2.1": False, "1.2.2": True}
+    assert choose(stacks)[0].uid == "1.2.2"
 
 
 def test_frames_of_an_enhanced_file_are_slices_by_phase(tmp_path: Path) -> None:

@@ -160,3 +160,20 @@ def test_uids_are_read_and_anything_else_is_dropped(reader: Reader, write_dicom:
 def test_no_patient_data_reaches_the_scan(reader: Reader, write_dicom: Write) -> None:
     scan = reader.read(write_dicom(RAMP, PatientBirthDate="19700101", StudyDescription="Planted"))
     assert not any("lanted" in str(value) or "PLANTED" in str(value) for value in vars(scan).values())
+
+
+def test_a_ct_that_highdicom_made_enhanced_keeps_its_hu(reader: Reader, tmp_path: Path) -> None:
+    from highdicom.legacy import LegacyConvertedEnhancedCTImage
+    from pydicom import dcmread
+    from pydicom.data import get_testdata_file
+
+    source = get_testdata_file("CT_small.dcm", read=False, download=False)
+    made = LegacyConvertedEnhancedCTImage(
+        [dcmread(source)], series_instance_uid="1.2.9", series_number=2, sop_instance_uid="1.2.9.1", instance_number=1
+    )
+    assert "RescaleIntercept" not in made  # it is in the functional groups alone, where pydicom does not look
+    made.save_as(tmp_path / "enhanced.dcm")
+    enhanced, plain = reader.read(tmp_path / "enhanced.dcm"), reader.read(source)
+    assert (plain.pixels.min(), plain.pixels.max()) == (-896, 1167)
+    np.testing.assert_array_equal(enhanced.pixels, plain.pixels)
+    assert enhanced.pixel_spacing_mm == plain.pixel_spacing_mm is not None

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import result_inputs as inputs
 
 from edgemed.report.dicom_source import Analysed, Group, read_groups
 from edgemed.report.results import write_groups
 from edgemed.volume.resample import evenly
 
-
-def _helper() -> ModuleType:
-    file = Path(__file__).resolve().parent.parent / "helpers" / "result_inputs.py"
-    name = "edgemed_tests_result_inputs"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-inputs = _helper()
 ROWS, COLUMNS = 16, 12
 DISC = inputs.ellipse(ROWS, COLUMNS, 0.5, 0.5, 0.25, 0.25)
 SPOT = inputs.ellipse(ROWS, COLUMNS, 0.5, 0.5, 0.1, 0.1)
