@@ -24,6 +24,7 @@ from edgemed.decoding import DecodeOptions, decode
 from edgemed.dicom import read_scans
 from edgemed.errors import CannotRead, InvalidInput, NoInput
 from edgemed.families import Family, Prepared, Written, open_family
+from edgemed.families.specs import every_logit
 from edgemed.files import sha256_of
 from edgemed.graphs import Feeds, GraphSpec
 
@@ -167,9 +168,10 @@ class Recording:
 
 @dataclass(eq=False)
 class _Tape:
-    """A Runner that notes what goes in."""
+    """A Runner that notes what goes in. A decoder with a split head gives all its logits: none goes unjudged."""
 
     inner: Runner
+    spec: GraphSpec
     calls: list[list[Feeds]] = field(default_factory=list)
 
     @property
@@ -181,6 +183,9 @@ class _Tape:
         return self.inner.device
 
     def run(self, feeds: Feeds) -> Outputs:
+        if self.spec.role == "decoder":
+            kept = feeds["input_ids"].shape[1] - int(feeds["logits_from"][0])
+            feeds = {**feeds, **every_logit(self.spec, kept)}
         self.calls[-1].append(dict(feeds))
         return self.inner.run(feeds)
 
@@ -216,7 +221,7 @@ def record_feeds(
     try:
         for role, spec in family.graphs().items():
             tapes[role] = _Tape(
-                open_runner("onnxruntime", bundle.graph_path(role), spec, device="cpu", threads=threads)
+                open_runner("onnxruntime", bundle.graph_path(role), spec, device="cpu", threads=threads), spec
             )
         asked = sum(_ask_all(family, scan, tapes, questions, max_new_tokens) for scan in scans)
     finally:

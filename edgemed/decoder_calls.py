@@ -39,25 +39,39 @@ class PromptCache:
 class Calls:
     """Calls the decoder with the next ids, and counts. `past`: how many ids its cache holds; less rolls it back."""
 
-    def __init__(self, runner: Runner, fixed: Feeds) -> None:
+    def __init__(self, runner: Runner, fixed: Feeds, split_head: bool = False) -> None:
         self.runner = runner
         self.fixed = fixed
+        self.split_head = split_head
         self.count = 0
         self.past = 0
         self.milliseconds = 0.0
         self.routed: list[npt.NDArray[np.float32]] = []  # of each call, [kept, layers with experts, experts]
 
-    def run(self, ids: Sequence[int], logits_from: int = -1) -> Outputs:
-        """Return the decoder's outputs from position `logits_from` of `ids` on, which follow the first `past` ids."""
+    def run(
+        self,
+        ids: Sequence[int],
+        logits_from: int = -1,
+        text_at: Sequence[int] | None = None,
+        box_at: Sequence[int] = (),
+    ) -> Outputs:
+        """Return the decoder's outputs from position `logits_from` of `ids` on, which follow the first `past` ids.
+
+        text_at, box_at: of these positions, counted from `logits_from` on, logits are wanted, over the whole vocabulary
+        and over the coordinates; default: of all, over the whole. A decoder without a split head gives all.
+        """
         start = time.perf_counter()
-        out = self.runner.run(
-            {
-                **self.fixed,
-                "input_ids": np.array([ids], np.int64),
-                "past_length": np.array([self.past], np.int64),
-                "logits_from": np.array([logits_from % len(ids)], np.int64),
-            }
-        )
+        first = logits_from % len(ids)
+        feeds = {
+            **self.fixed,
+            "input_ids": np.array([ids], np.int64),
+            "past_length": np.array([self.past], np.int64),
+            "logits_from": np.array([first], np.int64),
+        }
+        if self.split_head:
+            feeds["text_at"] = np.array(range(len(ids) - first) if text_at is None else text_at, np.int64)
+            feeds["box_at"] = np.array(box_at, np.int64)
+        out = self.runner.run(feeds)
         if "router" in out:
             self.routed.append(out["router"][0])
         self.past += len(ids)
@@ -86,7 +100,7 @@ class Calls:
             if same:
                 held = self.past = end
             else:
-                self.run(piece.tolist())
+                self.run(piece.tolist(), text_at=())
             prompts.digests.append(digest)
             start = end
         self.count, self.routed = 0, []

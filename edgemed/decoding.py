@@ -14,7 +14,7 @@ from typing import Any, Generic
 import numpy as np
 import numpy.typing as npt
 
-from edgemed.backends import Runner
+from edgemed.backends import Outputs, Runner
 from edgemed.box_grammar import Grammar, State
 from edgemed.decoder_calls import Calls, PromptCache
 from edgemed.drafts import Drafter, Guess
@@ -36,6 +36,7 @@ class DecodeOptions:
     eos_id: ends the answer. keep_hidden: token ids whose hidden state is returned; None: every position's.
     cache: tokens the decoder's cache holds, prompt and answer together. router: keep what the routers said.
     numbers: token id -> the number it writes (a coordinate's bin, a digit); for these `Decoded.spreads` is measured.
+    split_head: the decoder computes logits where they are asked for, its `box_logits` being those of `numbers`.
     """
 
     eos_id: int
@@ -46,6 +47,7 @@ class DecodeOptions:
     cache: int = 1024
     router: bool = False
     numbers: Mapping[int, float] = field(default_factory=dict)
+    split_head: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -117,7 +119,7 @@ def decode(
     """
     check_prompt(prompt_ids, options)
     walk = _Walk(grammar, options, min(options.max_new_tokens, options.cache - len(prompt_ids)))
-    calls = Calls(runner, fixed)
+    calls = Calls(runner, fixed, options.split_head)
     hidden: dict[int, Vector] = {}
     guesses: dict[int, Guess] = {}
     held = 0
@@ -137,11 +139,14 @@ def decode(
             start = 0
         elif calls.count:
             start = next((i for i in range(len(feed)) if walk.keeps(first + i)), start)
-        out = calls.run([*feed, *draft], logits_from=start)
+        read_from = len(feed) - 1 - start  # of the positions that are kept, logits are read from this one on
+        text_at, box_at = walk.wanted(draft, read_from) if options.split_head else (None, ())
+        out = calls.run([*feed, *draft], start, text_at, box_at)
         if calls.count == 1:
             prefill_ms = calls.milliseconds
         before = calls.past - len(draft)
-        stay = walk.take(out["logits"][0][len(feed) - 1 - start :], draft, before)
+        rows = out["logits"][0][read_from:] if text_at is None else walk.rows(out, text_at, box_at, read_from, draft)
+        stay = walk.take(rows, draft, before)
         stayed = stay.index - first  # so many tokens of this call are still part of prompt and answer
         for kept in (hidden, guesses):
             for index in [k for k in kept if k >= stay.index]:
@@ -221,10 +226,42 @@ class _Walk(Generic[State]):
             return -1 <= index < len(self.ids)
         return 0 <= index < len(self.ids) and self.ids[index] in wanted
 
-    def take(self, rows: npt.NDArray[Any], draft: Sequence[int], past: int) -> _Stay:
+    def wanted(self, draft: Sequence[int], start: int) -> tuple[list[int], list[int]]:
+        """Return the positions, of 1 + len(draft) from `start` on, whose logits are wanted: all of them, the numbers'.
+
+        None are wanted where the grammar leaves no choice; those of the numbers alone where it leaves nothing else.
+        """
+        text_at: list[int] = []
+        box_at: list[int] = []
+        if self.finished:  # the call is for a hidden state alone
+            return text_at, box_at
+        state = self._state
+        for position, token in enumerate((*draft, None), start):
+            allowed = self._grammar.allowed(state)
+            open_here, numbers = np.count_nonzero(allowed), np.count_nonzero(allowed[self._number_ids])
+            if numbers == open_here:
+                box_at.append(position)
+            elif open_here > 1:
+                text_at.append(position)
+            if token is not None:
+                state = self._grammar.advance(state, token)
+        return text_at, box_at
+
+    def rows(
+        self, out: Outputs, text_at: Sequence[int], box_at: Sequence[int], start: int, draft: Sequence[int]
+    ) -> list[npt.NDArray[Any]]:
+        """Return the logits of 1 + len(draft) positions, as `take` wants them, of what `wanted` named."""
+        nothing = np.full(out["logits"].shape[-1], -np.inf, np.float32)
+        found = dict(zip(text_at, out["logits"][0], strict=True))
+        for position, numbers in zip(box_at, out["box_logits"][0], strict=True):
+            found[position] = nothing.copy()
+            found[position][self._number_ids] = numbers
+        return [found.get(start + i, nothing) for i in range(1 + len(draft))]
+
+    def take(self, rows: Sequence[npt.NDArray[Any]], draft: Sequence[int], past: int) -> _Stay:
         """Return what stays of a call after its logits were read, row by row, as long as the draft was right.
 
-        rows: logits [1 + len(draft), vocabulary]; past: tokens in the cache up to the first row.
+        rows: logits [vocabulary] of 1 + len(draft) positions; past: tokens in the cache up to the first row.
         """
         if self.finished:  # the call was for a hidden state alone
             return _Stay([], past, 0, len(self.ids))

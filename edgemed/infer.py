@@ -36,6 +36,7 @@ from edgemed.decoding import NOTHING_DECODED, Decoded, DecodeOptions, decode
 from edgemed.drafts import PhraseDrafts
 from edgemed.errors import BackendUnavailable, InvalidInput
 from edgemed.families import EXAMPLE, Family, Prepared, Question, Written, open_family
+from edgemed.families.specs import has_split_head
 from edgemed.graphs import Feeds, GraphSpec
 from edgemed.memory import MemoryPlan, check_memory, free_bytes, place_of, plan_memory
 
@@ -403,6 +404,7 @@ def _decode(run: _Run, question: Question, options: InferOptions, prompts: Promp
             keep_hidden=question.keep_hidden,
             router=options.router,
             numbers=question.numbers,
+            split_head=has_split_head(run.specs["decoder"]),
             **({} if cache is None else {"cache": cache.max}),
         )
         what = (runner, question.prompt_ids, question.fixed, question.grammar, wanted)

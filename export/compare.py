@@ -31,6 +31,7 @@ from edgemed.export.published import Conversion
 from edgemed.families import Family, Question, Written, open_family
 from edgemed.families.opened_torch import bundle_over, load_module
 from edgemed.families.published_torch import Published
+from edgemed.families.specs import every_logit
 from edgemed.geometry import dice
 from edgemed.graphs import Feeds, GraphSpec
 
@@ -186,7 +187,7 @@ def _answered(family: Family, scan: Scan, prompt: Prompt, run: Run) -> Answered:
     features = graph("vision_encoder", prepared.vision)
     projected = graph("projector", prepared.projector, features)
     question = family.ask(prompt, prepared, projected, constrained=False)
-    written = _decoded(graph, question) if question.prompt_ids else Written([], [])
+    written = _decoded(graph, question, specs["decoder"]) if question.prompt_ids else Written([], [])
     masks = [
         mask > 0
         for batch in family.mask_feeds(prompt, prepared, projected, written)
@@ -196,7 +197,7 @@ def _answered(family: Family, scan: Scan, prompt: Prompt, run: Run) -> Answered:
     return Answered(ids[: ids.index(question.eos_id) + 1] if question.eos_id in ids else ids, tuple(masks))
 
 
-def _decoded(graph: Callable[[str, Feeds], Feeds], question: Question) -> Written:
+def _decoded(graph: Callable[[str, Feeds], Feeds], question: Question, spec: GraphSpec) -> Written:
     """Return what is written greedily in `STEPS` steps, an end or not."""
     ids: list[int] = []
     hidden: dict[int, npt.NDArray[np.float32]] = {}
@@ -210,6 +211,7 @@ def _decoded(graph: Callable[[str, Feeds], Feeds], question: Question) -> Writte
                 "input_ids": np.array([new], np.int64),
                 "past_length": np.array([past], np.int64),
                 "logits_from": np.array([len(new) - 1], np.int64),
+                **every_logit(spec, 1),
             },
         )
         hidden[step - 1] = out["hidden"][0, -1]

@@ -23,7 +23,7 @@ from onnx import TensorProto
 from edgemed.blocks import as_float32
 from edgemed.errors import InvalidInput
 from edgemed.export.graph_writer import FUSED, GraphWriter, smallest
-from edgemed.families.specs import SIDES
+from edgemed.families.specs import SIDES, has_split_head
 from edgemed.graphs import GraphSpec
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ Tensors = Mapping[str, Any]
 
 _LENGTHS = ("seqlens_k", "total_sequence_length")
 ROPE = ("rope_cos", "rope_sin")
+WHOLE = slice(None)
 _TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -80,6 +81,7 @@ class DecoderBuilder:
         self.writer = writer
         self.cache = spec.dims["cache"].max
         self.draft = any(t.name == "box_draft" for t in spec.outputs)
+        self.split_head = has_split_head(spec)
         self.node, self.constant = writer.node, writer.constant
         self.routed: list[str] = []  # probabilities of each layer with experts, [1, kept, experts]
 
@@ -231,7 +233,15 @@ class DecoderBuilder:
         """Add the graph's outputs: hidden, logits, the box draft, what the routers said, all [1, kept, ...]."""
         c = self.config
         self.node("Identity", [hidden], "hidden")
-        self.linear(hidden, "embedding" if c.tied else "head", c.vocabulary, c.width, stored="head", output="logits")
+        head = "embedding" if c.tied else "head"
+        asked = self.node("Gather", [hidden, "text_at"], "text_hidden", axis=1) if self.split_head else hidden
+        self.linear(asked, head, c.vocabulary, c.width, stored="head", output="logits")
+        if self.split_head:
+            # Rows of the head a second time, 25 % of nano's and no part of a larger model's worth counting: a matrix in
+            # blocks of integers cannot be cut at run time.
+            boxed = self.node("Gather", [hidden, "box_at"], "box_hidden", axis=1)
+            coordinates = slice(c.first_coordinate, c.first_coordinate + c.bins)
+            self.linear(boxed, head, c.vocabulary, c.width, stored="box_head", output="box_logits", part=coordinates)
         if self.routed:
             axis = self.constant("axis_2", np.array([2]))
             per_layer = [self.node("Unsqueeze", [r, axis], f"{r}.layer") for r in self.routed]
@@ -252,10 +262,17 @@ class DecoderBuilder:
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
-    def linear(self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "") -> str:
-        """Return x @ weight.T for the [rows, columns] tensor `name`.weight."""
-        read = self.tensor(f"{name}.weight", rows, columns)
+    def linear(
+        self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "", part: slice = WHOLE
+    ) -> str:
+        """Return x @ weight[part].T for the [rows, columns] tensor `name`.weight."""
+        read, rows = self.part_of(f"{name}.weight", rows, columns, part)
         return self.writer.matmul(x, f"{stored or name}.weight", rows, columns, read, output or f"{name}.output")
+
+    def part_of(self, name: str, rows: int, columns: int, part: slice) -> tuple[Callable[[], Array], int]:
+        """Return (what reads `part` of the rows of a matrix, how many these are)."""
+        read = self.tensor(name, rows, columns)
+        return lambda: read()[part], len(range(rows)[part])
 
     def norm(self, x: str, name: str) -> str:
         """Return x / rms(x) * weight over the last dim."""

@@ -23,6 +23,7 @@ from edgemed.families.native_regions import box_map
 from edgemed.families.native_text import NativeText
 from edgemed.families.native_torch import NativeModel
 from edgemed.families.native_view import model_image, model_view
+from edgemed.families.specs import every_logit
 from edgemed.graphs import GraphSpec
 
 Array = npt.NDArray[Any]
@@ -116,7 +117,7 @@ def compare(
             actual = runners["projector"].run({"image_features": features.numpy(), "region_maps": maps})
             for name in names:
                 note("projector", name, expected[name], actual[name])
-            _compare_decoder(model, runners["decoder"], text, expected["image_tokens"], note)
+            _compare_decoder(model, runners["decoder"], specs["decoder"], text, expected["image_tokens"], note)
             _compare_masks(model, runners["mask_decoder"], features, expected, note)
     finally:
         for runner in runners.values():
@@ -124,9 +125,12 @@ def compare(
     return [row_of(graph, output, found) for (graph, output), found in pairs.items()]
 
 
-def _compare_decoder(model: NativeModel, runner: Runner, text: NativeText, rows: torch.Tensor, note: Any) -> None:
+def _compare_decoder(
+    model: NativeModel, runner: Runner, spec: GraphSpec, text: NativeText, rows: torch.Tensor, note: Any
+) -> None:
     """Compare prefill and the next steps, the tokens being those that torch prefers."""
-    vocabulary = model.decoder.config.vocabulary
+    config = model.decoder.config
+    vocabulary, coordinates = config.vocabulary, slice(config.first_coordinate, config.first_coordinate + config.bins)
     for prompt in ("Where is the liver?", "请列出可见的结构"):
         ids = text.encode_prompt(prompt, image_rows=len(rows), language="zh" if prompt[0] == "请" else "en")
         feeds = {"image_tokens": rows.numpy()}
@@ -143,9 +147,12 @@ def _compare_decoder(model: NativeModel, runner: Runner, text: NativeText, rows:
             logits = model.decoder.logits(hidden)
             out = runner.run({**feeds, "input_ids": np.array([new], np.int64),
                               "past_length": np.array([past], np.int64),
-                              "logits_from": np.array([len(new) - 1], np.int64)})  # fmt: skip
+                              "logits_from": np.array([len(new) - 1], np.int64),
+                              **every_logit(spec, 1)})  # fmt: skip
             kind = "prefill" if step == 0 else "step"
             note("decoder", f"logits ({kind})", logits, out["logits"])
+            if "box_logits" in out:
+                note("decoder", f"box_logits ({kind})", logits[..., coordinates], out["box_logits"])
             note("decoder", f"hidden ({kind})", hidden, out["hidden"])
             past = len(ids)
             ids = [*ids, int(logits[0, -1].argmax())]

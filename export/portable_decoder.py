@@ -25,7 +25,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgemed.errors import InvalidInput
-from edgemed.export.decoder_graph import ROPE, DecoderBuilder
+from edgemed.export.decoder_graph import ROPE, WHOLE, DecoderBuilder
 from edgemed.export.graph_writer import TYPES, Computed, GraphWriter, rounded
 from edgemed.graphs import GraphSpec
 
@@ -278,9 +278,12 @@ class _PortableBuilder(DecoderBuilder):
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
-    def linear(self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "") -> str:
-        """Return x @ weight.T in the matrices' type; as the graph's `output`, in float32."""
-        read, stored = self.tensor(f"{name}.weight", rows, columns), f"{stored or name}.weight"
+    def linear(
+        self, x: str, name: str, rows: int, columns: int, *, stored: str = "", output: str = "", part: slice = WHOLE
+    ) -> str:
+        """Return x @ weight[part].T in the matrices' type; as the graph's `output`, in float32."""
+        read, rows = self.part_of(f"{name}.weight", rows, columns, part)
+        stored = f"{stored or name}.weight"
         if self.writer.matrices.packed:
             weight = self.writer.dequantized(stored, rows, columns, read)
             if self.in_branch:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -233,25 +233,21 @@ class SeriesOutputs:
         """
         request = self._request
         written: list[Path] = []
-        lines: list[str] = []
         keeps_json = self.folder is not None and (not request.to or "json" in request.to)
         for index, record in run.answers():
-            line = _line(record)
             if request.json:
-                sys.stdout.write(line)
-            if keeps_json:
-                lines.append(line)
+                sys.stdout.write(_line(record))
             if request.overlay or request.panels or request.report is not None:
                 written += self._draw(index, record, opened, prompt, stem, notice)
         results: list[Path] = []
         if keeps_json and request.to:
-            results.append(self._keep(stem, lines, summary))
+            results.append(self._keep(stem, run, summary))
         results += self._results.of_series(run, opened, prompt, stem, notice)
         told = {**summary, "results": [str(file) for file in results]} if request.to else summary
         sys.stdout.write(_line(told) if request.json else to_table(summary, prompt, notice) + wrote(results))
         sys.stdout.flush()
         if keeps_json and not request.to:
-            written.append(self._keep(stem, lines, summary))
+            written.append(self._keep(stem, run, summary))
         if written or results:
             from edgemed import audit
 
@@ -262,12 +258,18 @@ class SeriesOutputs:
             for file in written:
                 print(f"wrote {file}", file=sys.stderr)
 
-    def _keep(self, stem: str, lines: Sequence[str], summary: dict[str, Any]) -> Path:
-        from edgemed.files import write_atomically
+    def _keep(self, stem: str, run: SliceRun, summary: dict[str, Any]) -> Path:
+        from edgemed.report.streamed import write_streamed
 
         assert self.folder is not None
         file = self.folder / f"{stem}.series.jsonl"
-        write_atomically(file, "".join([*lines, _line(summary)]).encode())
+
+        def write(stream: IO[bytes]) -> None:
+            for _, record in run.answers():
+                stream.write(_line(record).encode())
+            stream.write(_line(summary).encode())
+
+        write_streamed(file, write)
         return file
 
     def _draw(

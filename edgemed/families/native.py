@@ -41,6 +41,7 @@ from edgemed.families.native_regions import (
 )
 from edgemed.families.native_text import NativeText, Place, parse, plain
 from edgemed.families.native_view import SIDE, model_image, model_view
+from edgemed.families.specs import SPLIT_HEAD
 from edgemed.geometry import BINS, View, bins_to_box, box_of, box_to_bins, check_region, fit
 from edgemed.graphs import Feeds, GraphSpec
 from edgemed.language import folded_text, request_in
@@ -108,7 +109,8 @@ class Native(SingleQuestions):
         self._graphs = {role: bundle.spec(role) for role in _NEEDED}
         for role, (inputs, outputs) in _NEEDED.items():
             spec = self._graphs[role]
-            if {t.name for t in spec.fed_inputs} != inputs or not outputs <= {t.name for t in spec.returned_outputs}:
+            fed = {t.name for t in spec.fed_inputs} - (set(SPLIT_HEAD) if role == "decoder" else set())
+            if fed != inputs or not outputs <= {t.name for t in spec.returned_outputs}:
                 raise BundleError(f"graph {role} is not one of the native family: it has {_named(spec)}")
         (structures,) = next(t.shape for t in self._graphs["projector"].outputs if t.name == "presence")
         if not isinstance(structures, int) or structures > len(STRUCTURES):

@@ -146,7 +146,9 @@ def native_specs(model: NativeModel, cache: int = CACHE) -> dict[str, GraphSpec]
             ),
             {"regions": DimRange(1, 1, MAX_REGIONS)},
         ),
-        "decoder": decoder_spec(model.decoder.config, image_rows=DimRange(1, ROWS, ROWS + MAX_REGIONS), cache=cache),
+        "decoder": decoder_spec(
+            model.decoder.config, image_rows=DimRange(1, ROWS, ROWS + MAX_REGIONS), cache=cache, split_head=True
+        ),
         "mask_decoder": GraphSpec(
             "mask_decoder",
             (

@@ -28,9 +28,18 @@ class CachedDecoder(nn.Module):
         self.kept: Tensor
 
     def forward(
-        self, input_ids: Tensor, image_tokens: Tensor, past_length: Tensor, logits_from: Tensor
+        self,
+        input_ids: Tensor,
+        image_tokens: Tensor,
+        past_length: Tensor,
+        logits_from: Tensor,
+        text_at: Tensor | None = None,
+        box_at: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return (logits [1, kept, vocabulary], hidden [1, kept, width], then box_draft and router where there is one).
+
+        With text_at and box_at, int64 [positions] among the kept ones, logits are those of text_at alone, and the last
+        of what is returned is box_logits [1, positions, bins] of box_at, over the coordinates.
 
         input_ids int64 [1, tokens]: id vocabulary + i is row i of image_tokens [rows, width]. past_length [1]: how many
         tokens of the cache are valid; a smaller number than last time rolls back. logits_from [1]: the first of these
@@ -53,11 +62,14 @@ class CachedDecoder(nn.Module):
             [partial(self._remember, layer, past) for layer in range(len(self.kept))],
         )
         hidden = hidden[:, first:]
-        returned = [self.decoder.logits(hidden), hidden]
+        returned = [self.decoder.logits(hidden if text_at is None else hidden[:, text_at]), hidden]
         if self.decoder.box_draft is not None:
             returned.append(self.decoder.box_draft(hidden).argmax(-1))
         if routed:
             returned.append(torch.stack([probabilities[:, first:] for probabilities in routed], dim=2))
+        if box_at is not None:
+            c = self.decoder.config
+            returned.append(self.decoder.logits(hidden[:, box_at])[..., c.first_coordinate :][..., : c.bins])
         return tuple(returned)
 
     def reset(self) -> None:

@@ -21,6 +21,7 @@ from edgemed.report.dicom_object import (
     Made,
     ResultOptions,
     common,
+    corrector,
     long_string,
     plain_sources,
     refer_to,
@@ -28,6 +29,7 @@ from edgemed.report.dicom_object import (
 )
 from edgemed.report.dicom_source import Group, Image, quiet
 from edgemed.report.dicom_sr import outline
+from edgemed.report.encoded import Encoded
 from edgemed.report.findings import Finding
 from edgemed.report.style import PALETTE
 
@@ -64,27 +66,30 @@ def _to_gsps(group: Group, findings: Sequence[Finding], language: Language, opti
     from highdicom import pr
     from highdicom.color import CIELabColor
     from highdicom.content import ModalityLUTTransformation, PresentationLUTTransformation
+    from pydicom.dataelem import DataElement
 
     layer = pr.GraphicLayer(LAYER, 1, long_string(WARNING[language]), CIELabColor.from_rgb(*PALETTE[0]))
     colour = group.header.get("SamplesPerPixel") == 3 or group.header.PhotometricInterpretation == "PALETTE COLOR"
-    sources = {h.SOPInstanceUID: h for h in copy.deepcopy(plain_sources(group))}
+    sources = {h.SOPInstanceUID: _own(h) for h in plain_sources(group)}
     for source in sources.values():
         for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType"):
             source.pop(keyword, None)
         for item in source.get("PerFrameFunctionalGroupsSequence") or ():
             item.pop("PixelValueTransformationSequence", None)
         if colour:
-            source.SamplesPerPixel = 3  # highdicom takes a palette for grey; the standard does not (PS3.3 A.33.2)
+            # highdicom takes a palette for grey; the standard does not (PS3.3 A.33.2)
+            source.add(DataElement("SamplesPerPixel", "US", 3))
+
+    def annotated(image: Image) -> Any:
+        return _annotate(image, sources[image.dicom.SOPInstanceUID], layer, findings, group, language, options)
+
     shared = {
         "referenced_images": list(sources.values()),
         "content_label": "AI_RESULT",
         "content_description": long_string(WARNING[language]),
         "content_creator_name": CREATOR,
         "graphic_layers": [layer],
-        "graphic_annotations": [
-            _annotate(image, sources[image.dicom.SOPInstanceUID], layer, findings, group, language, options)
-            for image in group.images
-        ],
+        "graphic_annotations": [annotated(group.first)],
         **common(group, "gsps", language, options),
     }
     rescale = _rescale(group.first)
@@ -103,6 +108,19 @@ def _to_gsps(group: Group, findings: Sequence[Finding], language: Language, opti
     made.Laterality = None
     made.ContentQualification = "RESEARCH"
     refer_to(made, group)
+    with quiet():
+        made.GraphicAnnotationSequence = Encoded(map(annotated, group.images), corrector(group))
+    return made
+
+
+def _own(header: Dataset) -> Dataset:
+    """Return a header whose elements can be taken out without those of another; of a single frame they are shared."""
+    from pydicom.dataset import Dataset
+
+    if "PerFrameFunctionalGroupsSequence" in header:
+        return copy.deepcopy(header)
+    made = Dataset()
+    made.update(header)
     return made
 
 

@@ -12,13 +12,12 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgemed.core import Language, Prompt, Scan
 from edgemed.errors import BackendUnavailable, InvalidInput
-from edgemed.files import write_atomically
 from edgemed.report.dicom_source import Group, Image, derived_uid, quiet
 from edgemed.report.findings import Finding
 from edgemed.report.words import printable
@@ -151,6 +150,11 @@ def _needs_stand_in(group: Group) -> bool:
 
 def refer_to(ds: Dataset, group: Group, frame: int | None = None) -> None:
     """Make every reference in `ds` to an analysed file name its SOP class, and the frame (0-based) of a multi-frame."""
+    corrector(group, frame)(ds)
+
+
+def corrector(group: Group, frame: int | None = None) -> Callable[[Dataset], None]:
+    """Return what does `refer_to` to one data set after the other."""
     classes = {header.SOPInstanceUID: header.SOPClassUID for header in group.headers}
 
     def correct(inner: Dataset) -> None:
@@ -163,7 +167,7 @@ def refer_to(ds: Dataset, group: Group, frame: int | None = None) -> None:
             if frame is not None and group.is_multiframe:
                 inner.ReferencedFrameNumber = frame + 1
 
-    correct(ds)
+    return correct
 
 
 def library(name: str) -> Any:
@@ -193,14 +197,28 @@ def long_string(text: str, limit: int = 64) -> str:
     return line if len(line) <= limit else line[: limit - 3].rstrip() + "..."
 
 
-def to_bytes(ds: Dataset) -> bytes:
-    """Return the DICOM file of `ds` with all text as UTF-8.
+def write_dicom(ds: Dataset, stream: IO[bytes]) -> None:
+    """Write the DICOM file of `ds` with all text as UTF-8.
 
     Raises InvalidInput if a text cannot be written without loss.
     """
     from pydicom import dcmwrite
 
     ds.SpecificCharacterSet = UTF_8
+    check_text(ds)
+    with quiet():
+        dcmwrite(stream, ds, enforce_file_format=True)
+
+
+def to_bytes(ds: Dataset) -> bytes:
+    """Return what `write_dicom` writes. Raises InvalidInput as it does."""
+    stream = io.BytesIO()
+    write_dicom(ds, stream)
+    return stream.getvalue()
+
+
+def check_text(ds: Dataset) -> None:
+    """Raise InvalidInput if `ds` has a text that UTF-8 cannot hold."""
     for element in ds.iterall():
         if element.VR in ("AE", "AS", "CS", "DA", "DS", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UT"):
             try:
@@ -210,13 +228,3 @@ def to_bytes(ds: Dataset) -> bytes:
                     f"'{element.keyword}' has text that UTF-8 cannot hold ({error.reason}); a result is never written "
                     "with characters lost"
                 ) from error
-    stream = io.BytesIO()
-    with quiet():
-        dcmwrite(stream, ds, enforce_file_format=True)
-    return stream.getvalue()
-
-
-def write_object(ds: Dataset, path: Path) -> Path:
-    """Write a DICOM file whole or not at all and return its path. Raises InvalidInput, CannotWrite."""
-    write_atomically(path, to_bytes(ds))
-    return path

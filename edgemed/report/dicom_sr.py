@@ -8,7 +8,9 @@ The report is UNVERIFIED and PRELIMINARY.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from edgemed.report.dicom_object import (
     class_of,
     coded,
     common,
+    corrector,
     device_uid,
     long_string,
     plain_sources,
@@ -30,6 +33,7 @@ from edgemed.report.dicom_object import (
     warning_of,
 )
 from edgemed.report.dicom_source import Group, Image, quiet
+from edgemed.report.encoded import Encoded
 from edgemed.report.findings import Finding, certainty_of, sizes_of
 from edgemed.report.words import printable
 from edgemed.terminology import CATEGORIES, Code, Concept
@@ -72,13 +76,14 @@ def to_sr(
     """Return the report. segs: the segmentations of these findings, which it refers to; may be empty."""
     from highdicom import sr
 
+    many: list[Many] = []
     with quiet():
         content = sr.MeasurementReport(
             observation_context=sr.ObservationContext(observer_device_context=_observer(group)),
             procedure_reported=coded(PROCEDURES.get(group.header.Modality, PROCEDURE)),
             imaging_measurements=[
-                *_texts(group, findings, language, options),
-                *(item for f in findings for item in _items(f, group, segs, language, options)),
+                *_texts(group, language, options, many),
+                *(item for f in findings for item in _items(f, group, segs, language, options, many)),
             ],
             language_of_content_item_and_descendants=sr.LanguageOfContentItemAndDescendants(coded(LANGUAGES[language])),
         )
@@ -93,7 +98,32 @@ def to_sr(
         )
     made.ContentQualification = "RESEARCH"
     refer_to(made, group)
+    correct = corrector(group)
+    for one in many:
+        one.put(correct)
     return made
+
+
+@dataclass(frozen=True)
+class Many:
+    """Items of a measurement group, too many to be held: encoded, they replace those that highdicom had.
+
+    group: as highdicom made it. first, count: which of its items are replaced. items: all, made when they are put.
+    """
+
+    group: Dataset
+    first: Dataset
+    count: int
+    items: Iterable[Dataset]
+
+    def put(self, correct: Callable[[Dataset], None]) -> None:
+        """Put the items in their place. correct: changes each before it is encoded."""
+        from pydicom.dataelem import DataElement
+
+        there = list(self.group.ContentSequence)
+        at = next(i for i, item in enumerate(there) if item is self.first)
+        whole = chain(there[:at], self.items, there[at + self.count :])
+        self.group.add(DataElement("ContentSequence", "SQ", Encoded(whole, correct)))  # `=` would decode all
 
 
 def _observer(group: Group) -> Any:
@@ -134,29 +164,40 @@ def texts_of(group: Group, language: Language) -> dict[str, list[Image]]:
     return found
 
 
-def _texts(group: Group, findings: Sequence[Finding], language: Language, options: ResultOptions) -> Iterator[Any]:
+def _texts(group: Group, language: Language, options: ResultOptions, many: list[Many]) -> Iterator[Any]:
     """Yield a measurement group (TID 1501) for each answered text, with the images it is about."""
     from highdicom import sr
 
     for number, (text, images) in enumerate(texts_of(group, language).items(), 1):
+        first = _source(images[0], group)
         item = sr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(
                 tracking_uid(group, f"answer {number}", options), f"answer {number}"
             ),
             algorithm_id=_algorithm(group),
-            source_images=[
-                sr.SourceImageForMeasurementGroup(class_of(i, group), i.dicom.SOPInstanceUID, _frames(i))
-                for i in images
-            ],
+            source_images=[first],
         )
         for comment in (warning_of(options, language), text):
             if comment:
                 item[0].ContentSequence.append(sr.TextContentItem(coded(COMMENT), comment, "CONTAINS"))
+        many.append(Many(item[0], first, 1, (_related(_source(i, group), first) for i in images)))
         yield item
 
 
+def _source(image: Image, group: Group) -> Any:
+    from highdicom import sr
+
+    return sr.SourceImageForMeasurementGroup(class_of(image, group), image.dicom.SOPInstanceUID, _frames(image))
+
+
+def _related(item: Any, like: Any) -> Any:
+    """Return the item with the relationship that a measurement group gave to another one."""
+    item.RelationshipType = like.RelationshipType
+    return item
+
+
 def _items(
-    finding: Finding, group: Group, segs: Sequence[Made], language: Language, options: ResultOptions
+    finding: Finding, group: Group, segs: Sequence[Made], language: Language, options: ResultOptions, many: list[Many]
 ) -> Iterator[Any]:
     """Yield the groups of one finding under one tracking UID: masks as a segment (TID 1411), boxes (TID 1410 or 1411).
 
@@ -186,15 +227,18 @@ def _items(
         for reference in _segments(finding, group, seg):
             yield volumetric(referenced_segment=reference, measurements=sizes or None, **shared)
             sizes = []
-    boxes = [_region(image, region, group) for image, region in finding.places]
+    boxes = [_region(image, region, group) for image, region in finding.places[:2]]
     if len(boxes) == 1:
         yield sr.PlanarROIMeasurementsAndQualitativeEvaluations(
             referenced_region=boxes[0], geometric_purpose=coded(BOUNDED_BY), measurements=sizes or None, **shared
         )
-    else:
-        yield volumetric(
-            referenced_regions=boxes, geometric_purpose=coded(BOUNDED_BY), measurements=sizes or None, **shared
-        )
+        return
+    made = volumetric(
+        referenced_regions=boxes, geometric_purpose=coded(BOUNDED_BY), measurements=sizes or None, **shared
+    )
+    regions = (_related(_region(image, region, group), boxes[0]) for image, region in finding.places)
+    many.append(Many(made[0], boxes[0], 2, regions))
+    yield made
 
 
 def _segments(finding: Finding, group: Group, seg: Made) -> Iterator[Any]:

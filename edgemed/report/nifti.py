@@ -5,11 +5,12 @@ Images that do not lie evenly one behind the other, or do not tell where they li
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from edgemed.report.dicom_object import WARNING, ResultOptions, library
 from edgemed.report.dicom_source import Group, Image
 from edgemed.report.findings import Finding
+from edgemed.report.streamed import Write
 from edgemed.report.style import PALETTE
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -24,8 +26,8 @@ UNKNOWN, SCANNER = 0, 1
 """NIfTI's code of the space: not known, that of the scanner."""
 
 
-def to_volumes(group: Group, findings: Sequence[Finding], options: ResultOptions) -> Iterator[tuple[str, bytes]]:
-    """Yield (end of the file name, bytes): the volumes, then the label table.
+def to_volumes(group: Group, findings: Sequence[Finding], options: ResultOptions) -> Iterator[tuple[str, Write]]:
+    """Yield (end of the file name, what writes it): the volumes, a slice in memory at a time, then the label table.
 
     Findings that overlap are told to `options.tell`; the smaller one is on top.
     """
@@ -34,14 +36,16 @@ def to_volumes(group: Group, findings: Sequence[Finding], options: ResultOptions
         return
     table = label_table(masked)
     stacks = [group.images] if affine_of(group.images) is not None else [(image,) for image in group.images]
+    by_size = sorted(enumerate(masked, 1), key=lambda pair: -_pixels(pair[1]))
+    head_of, end = (_nrrd_head, "seg.nrrd") if options.nrrd else (_nifti_head, "nii.gz")
     for number, images in enumerate(stacks, 1):
-        labels = _labels(images, masked, options)
-        end = "" if len(stacks) == 1 else f"-{number}"
-        if options.nrrd:
-            yield f"labels{end}.seg.nrrd", _nrrd(labels, images, table)
-        else:
-            yield f"labels{end}.nii.gz", _nifti(labels, images, table)
-    yield "labels.json", json.dumps(table, ensure_ascii=False, indent=1).encode() + b"\n"
+        dtype = np.dtype(np.uint8 if len(masked) < 256 else np.uint16)
+        head = head_of((images[0].columns, images[0].rows, len(images)), dtype, images, table)
+        yield (
+            f"labels.{end}" if len(stacks) == 1 else f"labels-{number}.{end}",
+            partial(_write, head, _slices(images, by_size, dtype, options), packed=not options.nrrd),
+        )
+    yield "labels.json", lambda stream: stream.write(json.dumps(table, ensure_ascii=False, indent=1).encode() + b"\n")
 
 
 def label_table(masked: Sequence[Finding]) -> list[dict[str, Any]]:
@@ -91,22 +95,21 @@ def affine_of(images: Sequence[Image]) -> npt.NDArray[np.float64] | None:
     return affine
 
 
-def _labels(images: Sequence[Image], masked: Sequence[Finding], options: ResultOptions) -> npt.NDArray[Any]:
-    """Return label values [columns, rows, slices]."""
-    first = images[0]
-    kind = np.uint8 if len(masked) < 256 else np.uint16
-    labels = np.zeros((first.columns, first.rows, len(images)), kind)
-    by_size = sorted(enumerate(masked, 1), key=lambda pair: -_pixels(pair[1]))
+def _slices(
+    images: Sequence[Image], by_size: Sequence[tuple[int, Finding]], dtype: np.dtype[Any], options: ResultOptions
+) -> Iterator[npt.NDArray[Any]]:
+    """Yield the label values of each slice [rows, columns]."""
     overlap = False
-    for value, finding in by_size:
-        for k, image in enumerate(images):
+    for image in images:
+        labels = np.zeros((image.rows, image.columns), dtype)
+        for value, finding in by_size:
             mask = finding.mask(image)
             if mask is not None:
-                overlap |= bool(labels[..., k].T[mask].any())
-                labels[..., k].T[mask] = value
+                overlap |= bool(labels[mask].any())
+                labels[mask] = value
+        yield labels
     if overlap:
         options.tell("findings overlap; in the label volume the smaller one is on top")
-    return labels
 
 
 def _pixels(finding: Finding) -> int:
@@ -114,11 +117,24 @@ def _pixels(finding: Finding) -> int:
     return sum(int(np.count_nonzero(mask)) for mask in masks if mask is not None)
 
 
-def _nifti(labels: npt.NDArray[Any], images: Sequence[Image], table: Sequence[dict[str, Any]]) -> bytes:
+def _write(head: bytes, slices: Iterable[npt.NDArray[Any]], stream: IO[bytes], *, packed: bool) -> None:
+    """Write a header and the label values as gzip. packed: the header is inside of it, too, as in .nii.gz."""
+    pack = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)
+    stream.write(pack.compress(head) if packed else head)
+    for labels in slices:
+        stream.write(pack.compress(labels.astype(labels.dtype.newbyteorder("<")).tobytes()))
+    stream.write(pack.flush())
+
+
+Shape = tuple[int, int, int]
+
+
+def _nifti_head(shape: Shape, dtype: np.dtype[Any], images: Sequence[Image], table: Sequence[dict[str, Any]]) -> bytes:
+    """Return all that is before the label values [columns, rows, slices] in a .nii file."""
     nibabel = library("nibabel")
     affine = affine_of(images)
     assert affine is not None
-    image = nibabel.Nifti1Image(labels, LPS_TO_RAS @ affine)
+    image = nibabel.Nifti1Image(np.broadcast_to(np.zeros((), dtype), shape), LPS_TO_RAS @ affine)  # of no size
     code = UNKNOWN if images[0].plane is None else SCANNER
     image.set_sform(image.affine, code)
     # A quaternion cannot hold the shear of a tilted gantry: such a file has the sform alone.
@@ -127,13 +143,16 @@ def _nifti(labels: npt.NDArray[Any], images: Sequence[Image], table: Sequence[di
     image.set_qform(image.affine, UNKNOWN if sheared else code)
     image.header.set_xyzt_units("mm" if images[0].spacing_mm else "unknown")
     image.header["descrip"] = WARNING["en"].encode()
+    image.header.set_slope_inter(1, 0)
     note = json.dumps({"notice": WARNING["en"], "labels": table}, ensure_ascii=False).encode()
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", note))
-    return gzip.compress(image.to_bytes(), mtime=0)
+    stream = io.BytesIO()
+    image.header.write_to(stream)
+    return stream.getvalue()
 
 
-def _nrrd(labels: npt.NDArray[Any], images: Sequence[Image], table: Sequence[dict[str, Any]]) -> bytes:
-    """Return a .seg.nrrd as 3D Slicer reads it: the segments and their colours are in the header."""
+def _nrrd_head(shape: Shape, dtype: np.dtype[Any], images: Sequence[Image], table: Sequence[dict[str, Any]]) -> bytes:
+    """Return the header of a .seg.nrrd as 3D Slicer reads it: the segments and their colours are in it."""
     nrrd = library("nrrd")
     affine = affine_of(images)
     assert affine is not None
@@ -155,9 +174,11 @@ def _nrrd(labels: npt.NDArray[Any], images: Sequence[Image], table: Sequence[dic
             f"Segment{index}_Color": " ".join(f"{c / 255:.4f}" for c in row["rgb"]),
             f"Segment{index}_Tags": f"SNOMED:{row['type']}|side:{row['side'] or 'none'}|",
         }
+    # pynrrd writes header and values in one: those of a single voxel are cut off, and its sizes made right.
     stream = io.BytesIO()
-    nrrd.write(stream, labels, header)
-    return stream.getvalue()
+    nrrd.write(stream, np.zeros((1, 1, 1), dtype), header)
+    head = stream.getvalue().partition(b"\n\n")[0] + b"\n\n"
+    return head.replace(b"\nsizes: 1 1 1\n", b"\nsizes: %d %d %d\n" % shape, 1)
 
 
 def _ascii(text: str, value: int) -> str:

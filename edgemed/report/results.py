@@ -10,20 +10,27 @@ import io
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from edgemed.core import Language
 from edgemed.errors import CannotWrite, InvalidInput
-from edgemed.files import write_atomically
-from edgemed.report.dicom_object import Made, ResultOptions, library, to_bytes
+from edgemed.report.dicom_object import Made, ResultOptions, library, write_dicom
 from edgemed.report.dicom_source import Analysed, Group, read_groups
 from edgemed.report.findings import Finding, findings_of
+from edgemed.report.streamed import Write, write_streamed
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
 
 __all__ = ["KINDS", "Analysed", "ResultOptions", "write_groups", "write_results"]
 
 KINDS = ("json", "seg", "sr", "gsps", "sc", "pdf", "nifti", "fhir", "png")
 NEED_DICOM = frozenset({"seg", "sr", "gsps", "sc", "pdf", "fhir"})
 NEED_PIXELS = frozenset({"json", "sc", "png"})
+Put = Callable[[str, Write], None]
+"""Takes the end of a file's name, and what writes it."""
 LIBRARIES = {"nifti": ("nibabel",), "fhir": ("fhir.resources",), "pdf": ("reportlab", "fontTools")}
 
 
@@ -74,10 +81,13 @@ def write_groups(
     stems: set[str] = set()
     for number, group in enumerate(groups):
         stem = _unused(group.first.file, stems) if name_of is None else name_of(number)
-        for name, data in _files(group, wanted, language, options):
+
+        def put(name: str, write: Write, stem: str = stem) -> None:
             path = folder / f"{stem}.{name}"
-            write_atomically(path, data)
+            write_streamed(path, write)
             written.append(path)
+
+        _put_files(group, wanted, language, options, put)
     return tuple(written)
 
 
@@ -94,44 +104,64 @@ def _checked(kinds: Collection[str], options: ResultOptions) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in kinds)
 
 
-def _files(
-    group: Group, kinds: Sequence[str], language: Language, options: ResultOptions
-) -> Iterator[tuple[str, bytes]]:
-    """Yield (end of the file name, bytes) of every result of a group, one at a time."""
+def _put_files(group: Group, kinds: Sequence[str], language: Language, options: ResultOptions, put: Put) -> None:
+    """Put every result of a group, one at a time."""
     from edgemed.report.nifti import affine_of, to_volumes
 
     findings = findings_of(group)
     segs: list[Made] = []
     for kind in kinds:
         if kind == "json":
-            yield _answers(group, language, options)
+            answers = sum(len(image.answers) for image in group.images)
+            put(
+                "answer.json" if answers == 1 else "answers.jsonl",
+                lambda stream: stream.writelines(_answers(group, language, options)),
+            )
         elif kind == "nifti":
             if group.first.rows == 0:
                 options.tell("no label volume was written: nothing on this picture has a mask")
             elif len(group.images) > 1 and affine_of(group.images) is None:
                 options.tell("the images are no even stack: each has a label volume of its own, at its own place")
-            yield from to_volumes(group, findings, options)
+            for name, write in to_volumes(group, findings, options):
+                put(name, write)
         elif kind == "fhir":
             from edgemed.report.fhir import to_fhir
 
             for release in options.fhir:
                 bundle = to_fhir(group, findings, segs, release, language, options)
-                yield f"fhir-{release.lower()}.json", json.dumps(bundle, ensure_ascii=False, indent=1).encode() + b"\n"
+                put(f"fhir-{release.lower()}.json", partial(_write_json, bundle))
         elif kind == "png":
-            yield from _pictures(group, language, options)
+            for name, data in _pictures(group, language, options):
+                put(name, partial(_write_bytes, data))
         else:
             try:
                 for made in _objects(kind, group, findings, segs, language, options):
-                    yield f"{made.stem}.dcm", to_bytes(made.ds)
+                    put(f"{made.stem}.dcm", partial(write_dicom, made.ds))
                     if kind == "seg":
-                        made.ds.PixelData = b""  # the others refer to it, and its pixels are the largest thing here
-                        segs.append(made)
+                        segs.append(replace(made, ds=_named(made.ds)))
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 # highdicom's own checks; its texts may quote the header.
                 raise InvalidInput(
                     f"no {kind} can be made of {group.first.file}: its header is not what such an object needs "
                     f"({type(error).__name__}); ask for json, png or nifti"
                 ) from error
+
+
+def _write_bytes(data: bytes, stream: IO[bytes]) -> None:
+    stream.write(data)
+
+
+def _write_json(value: object, stream: IO[bytes]) -> None:
+    for piece in json.JSONEncoder(ensure_ascii=False, indent=1).iterencode(value):
+        stream.write(piece.encode())
+    stream.write(b"\n")
+
+
+def _named(ds: Dataset) -> Dataset:
+    """Return what other results refer to a data set by, without its pixels and frames: those are the largest here."""
+    from pydicom.dataset import Dataset
+
+    return Dataset({element.tag: element for element in ds if element.VR != "SQ" and element.keyword != "PixelData"})
 
 
 def _objects(
@@ -167,19 +197,17 @@ def _objects(
         yield Made("pdf", to_encapsulated_pdf(group, findings, language, options))
 
 
-def _answers(group: Group, language: Language, options: ResultOptions) -> tuple[str, bytes]:
-    """Return the answers in the form of `edgemed infer --json`: one object, or JSON Lines for several."""
+def _answers(group: Group, language: Language, options: ResultOptions) -> Iterator[bytes]:
+    """Yield the answers in the form of `edgemed infer --json`, a line each: JSON Lines where there are several."""
     from edgemed.report.answer_json import to_json
 
     assert options.read is not None
-    lines = []
     for image in group.images:
         scan = options.read(image.file, image.frame)
         prompt = replace(options.prompt, frame=image.frame, language=language)
         for answer in image.answers:
             found = to_json(answer, scan, prompt, path=image.file.name)  # where it lies is gone after the job
-            lines.append(json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n")
-    return ("answer.json" if len(lines) == 1 else "answers.jsonl", "".join(lines).encode())
+            yield json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _pictures(group: Group, language: Language, options: ResultOptions) -> Iterator[tuple[str, bytes]]:

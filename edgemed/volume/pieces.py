@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,8 +16,8 @@ class Pieces:
     """The connected pieces (26 neighbours) of masks in consecutive slices, by runs down the columns and union-find."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._sizes: list[int] = []
+        self._parent = array("i")  # not lists: a slice has some 300 runs, and an int takes 36 bytes there
+        self._sizes = array("i")
         self.slices: dict[int, int] = {}
         """Slice -> the number of its first run."""
         self._runs: dict[int, npt.NDArray[np.int32]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,20 @@ class FakeRunner:
         hidden = [np.full(WIDTH, self.seen[end - 1] * 1000 + end - 1, np.float32) for end in ends]
         logits = [self.logits(self.seen[:end]).astype(np.float32) for end in ends]
         return {"logits": np.stack(logits)[None], "hidden": np.stack(hidden)[None]}
+
+
+class SplitRunner(FakeRunner):
+    """The same of a decoder with a split head: it computes what is asked for; `asked` counts positions."""
+
+    asked = (0, 0)
+
+    def run(self, feeds):
+        out = super().run(feeds)
+        text_at, box_at = feeds["text_at"], feeds["box_at"]
+        assert not set(text_at) & set(box_at)
+        self.asked = (self.asked[0] + len(text_at), self.asked[1] + len(box_at))
+        logits = out["logits"]
+        return {**out, "logits": logits[:, text_at], "box_logits": logits[:, box_at, FIRST : FIRST + BINS]}
 
 
 def script(*answer: int) -> FakeRunner:
@@ -289,6 +304,46 @@ def test_drafts_and_forced_tokens_change_nothing_but_the_number_of_calls(
     assert [(i, float(h[0])) for i, h in fast.hidden] == [(i, float(h[0])) for i, h in plain.hidden]
     assert fast.decoder_calls <= plain.decoder_calls
     assert (plain.drafted, plain.forced) == (0, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**20), st.sampled_from([0.0, 1.0]), st.integers(1, 60), st.sampled_from([0.0, 0.3]),
+    st.sampled_from(["free", "boxes", "known"]), st.sampled_from([frozenset({SEG, 25}), None]), st.booleans(),
+)  # fmt: skip
+def test_a_split_head_gives_the_same_and_multiplies_the_vocabulary_for_text_alone(
+    seed: int, temperature: float, limit: int, wrong: float, kind: str, keep: frozenset[int] | None, drafts: bool
+) -> None:
+    first = FIRST + BINS
+    known = {(n,): ((n - first, 0, n - first + 1, 5),) if n % 2 else () for n in range(first, VOCABULARY)}
+    boxes = BoxGrammar(TOKENS, VOCABULARY)
+    grammar = {"free": FreeGrammar(VOCABULARY), "boxes": boxes, "known": boxes.knowing(known)}[kind]
+    options: dict[str, Any] = {
+        "temperature": temperature, "seed": seed, "max_new_tokens": limit, "keep_hidden": keep,
+        "numbers": {FIRST + k: float(k) for k in range(BINS)},
+    }  # fmt: skip
+    whole_runner = context(seed)
+    whole_runner.may_go_back = True
+    whole = run(whole_runner, grammar, **options)
+    split_runner = SplitRunner(whole_runner.logits)
+    split_runner.may_go_back = True
+    drafter = Oracle(whole.ids, wrong, seed) if drafts else None
+    split = run(split_runner, grammar, drafter, split_head=True, **options)
+    assert (split.ids, split.ended) == (whole.ids, whole.ended)
+    assert split.log_probs == pytest.approx(whole.log_probs, abs=1e-6)
+    for found, expected in zip(split.spreads, whole.spreads, strict=True):
+        assert found == (expected if expected is None else pytest.approx(expected, abs=1e-6))
+    assert [(i, float(h[0])) for i, h in split.hidden] == [(i, float(h[0])) for i, h in whole.hidden]
+
+
+def test_a_box_costs_no_product_with_the_whole_vocabulary() -> None:
+    grammar = BoxGrammar(TOKENS, VOCABULARY)
+    place = (REF, 25, REF_END, BOX, FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, BOX_END, SEG)
+    runner = SplitRunner(script(*place).logits)
+    decoded = run(runner, grammar, numbers={FIRST + k: float(k) for k in range(BINS)}, split_head=True)
+    assert decoded.ids == place
+    # Text: <ref>, the name, </ref>, <seg>, the end. Coordinates: four. <box> and </box> are without a choice.
+    assert runner.asked == (5, 4)
 
 
 def test_a_known_place_costs_one_call_once_its_name_is_there() -> None:

@@ -56,7 +56,8 @@ def test_every_output_of_every_graph_agrees_with_torch(exported: Any, export_tex
         ("projector", "presence"), ("projector", "boxes"), ("projector", "structure_maps"),
         ("projector", "side_probability"), ("projector", "side_spread"),
         ("decoder", "logits (prefill)"), ("decoder", "hidden (prefill)"), ("decoder", "logits (step)"),
-        ("decoder", "hidden (step)"), ("mask_decoder", "mask_logits"), ("mask_decoder", "iou"),
+        ("decoder", "hidden (step)"), ("decoder", "box_logits (prefill)"), ("decoder", "box_logits (step)"),
+        ("mask_decoder", "mask_logits"), ("mask_decoder", "iou"),
     }  # fmt: skip
     for row in rows:
         assert row.relative_error < 1e-3, row
