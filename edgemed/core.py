@@ -54,6 +54,14 @@ class Window:
         return self.low + (self.width if self.exact else max(self.width - 1, 1e-6))
 
 
+SCAN_WARNINGS: Mapping[str, str] = {
+    "overlay": "an overlay of the file is not part of the pixels; the model does not see what is drawn there",
+    "burned in": "the file says that text is burned into the pixels; the model may take it for part of the picture",
+    "shutter": "a display shutter of the file is not applied; the model sees what it would hide",
+}
+"""What may mislead about the pixels of a file -> what is said of it with every answer."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scan:
     """The pixels of one file after rescale, with the few facts about them that a model or a report needs.
@@ -64,6 +72,7 @@ class Scan:
     window: the VOI window to show float pixels with; None for RGB.
     first_frame, total_frames: `pixels` holds frames first_frame, first_frame + 1, ... of a file with total_frames
     frames (None: as many as `pixels` holds). Frame numbers are 0-based and always those of the file.
+    warnings: keys of `SCAN_WARNINGS`.
     No patient name, id or date ever enters.
     """
 
@@ -77,6 +86,7 @@ class Scan:
     frame_of_reference_uid: str | None = None
     first_frame: int = 0
     total_frames: int | None = None
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         p = self.pixels

@@ -30,7 +30,7 @@ from edgemed import __version__, signing
 from edgemed.backends import BACKENDS, Artifact, Device, Outputs, Runner, find_backend, open_runner
 from edgemed.beam_search import beam_search
 from edgemed.bundle import Bundle, find_bundle, is_checkpoint, open_bundle
-from edgemed.core import Answer, Finding, Language, Prompt, Provenance, Region, Scan
+from edgemed.core import SCAN_WARNINGS, Answer, Finding, Language, Prompt, Provenance, Region, Scan
 from edgemed.decoder_calls import PromptCache
 from edgemed.decoding import NOTHING_DECODED, Decoded, DecodeOptions, decode
 from edgemed.drafts import PhraseDrafts
@@ -217,7 +217,7 @@ class Session:
                 return self._answer(scans, prompt, options)
             found = self._answer(scans, first, options)
             answer = self._answer(scans, self.family.follow_up(prompt, found), options)
-        notes = (f"asked first: {found.tagged_text}", *found.notes, *answer.notes)
+        notes = tuple(dict.fromkeys((f"asked first: {found.tagged_text}", *found.notes, *answer.notes)))
         moved = tuple(Finding(f.text, tuple(i + len(found.regions) for i in f.regions)) for f in answer.findings)
         return replace(answer, regions=(*found.regions, *answer.regions), notes=notes, findings=moved)
 
@@ -254,7 +254,7 @@ class Session:
             provenance=self._provenance(run, options, decoded),
             prompt_ids=tuple(question.prompt_ids),
             generated_ids=decoded.ids,
-            notes=reading.notes,
+            notes=(*dict.fromkeys(SCAN_WARNINGS[key] for scan in scans for key in scan.warnings), *reading.notes),
             labels=reading.labels,
             findings=reading.findings,
             router=decoded.router,

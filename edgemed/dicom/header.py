@@ -51,8 +51,10 @@ _WANTED = (
     *(f"{c}PaletteColorLookupTable{x}" for c in ("Red", "Green", "Blue") for x in ("Descriptor", "Data")),
     *(f"Segmented{c}PaletteColorLookupTableData" for c in ("Red", "Green", "Blue")),
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ICCProfile", "OpticalPathSequence",
-    "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "BurnedInAnnotation", "ShutterShape",
 )  # fmt: skip
+OVERLAYS = tuple(group << 16 | 0x0010 for group in range(0x6000, 0x6020, 2))
+"""Overlay Rows of each of the 16 overlays."""
 
 
 class BoundedFile(io.RawIOBase):
@@ -180,7 +182,7 @@ def _read(file: BoundedFile, limits: Limits) -> Header:
             return True
         return False
 
-    tags = [tag for tag in map(tag_for_keyword, _WANTED) if tag is not None]
+    tags = [*(tag for tag in map(tag_for_keyword, _WANTED) if tag is not None), *OVERLAYS]
     file.seek(start)
     ds = read_dataset(file, implicit, little, stop_when=at_pixels, specific_tags=tags)  # type: ignore[arg-type]
     sop_class = str(meta.get("MediaStorageSOPClassUID") or _text(ds, "SOPClassUID") or "")

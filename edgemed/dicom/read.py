@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from edgemed.core import Scan, Window
 from edgemed.dicom.limits import Limits
 from edgemed.dicom.sniff import sniff
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
 
 _UID = re.compile(r"[0-9.]{1,64}\Z")
 _MODALITY = re.compile(r"[A-Z0-9_ ]{1,16}\Z")
@@ -51,7 +55,20 @@ def _dicom(path: str, frame: int, window: Window | None, limits: Limits, skip: S
             frame_of_reference_uid=reference,
             first_frame=frame,
             total_frames=header.frames,
+            warnings=tuple(_warnings(header.ds)),
         )
+
+
+def _warnings(ds: Dataset) -> Iterator[str]:
+    """Yield the keys of `SCAN_WARNINGS` that the header gives a reason for."""
+    from edgemed.dicom.header import OVERLAYS
+
+    if any(tag in ds for tag in OVERLAYS):
+        yield "overlay"
+    if str(ds.get("BurnedInAnnotation") or "").strip().upper() == "YES":
+        yield "burned in"
+    if "ShutterShape" in ds:
+        yield "shutter"
 
 
 def _uid(value: object) -> str | None:

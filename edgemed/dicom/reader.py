@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgemed.core import Scan, Window
+from edgemed.core import SCAN_WARNINGS, Scan, Window
 from edgemed.dicom.limits import DEFAULT_LIMITS, Limits
 from edgemed.dicom.sniff import sniff
 from edgemed.dicom.voi import parse_window
@@ -182,10 +182,13 @@ class Reader:
         pixels: npt.NDArray[Any] = np.empty(shape, dtype)
         _fill(child.stdout, pixels.data.cast("B"))
         window, spacing = facts.pop("window"), facts.pop("pixel_spacing_mm")
+        told = facts.pop("warnings")
+        warnings = tuple(key for key in SCAN_WARNINGS if key in told)
         return Scan(
             pixels,
             window=Window(**window) if window else None,
             pixel_spacing_mm=(spacing[0], spacing[1]) if spacing else None,
+            warnings=warnings,
             **facts,
         )
 

@@ -101,6 +101,7 @@ def _send(scan: Scan, replies: BinaryIO) -> None:
         "frame_of_reference_uid": scan.frame_of_reference_uid,
         "first_frame": scan.first_frame,
         "total_frames": scan.total_frames,
+        "warnings": scan.warnings,
     }
     replies.write(json.dumps(facts).encode() + b"\n")
     replies.write(scan.pixels.data if scan.pixels.flags.c_contiguous else scan.pixels.tobytes())

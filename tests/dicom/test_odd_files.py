@@ -354,6 +354,7 @@ def test_an_overlay_does_not_reach_the_pixels(reader: Reader, write_dicom: Write
     ds.save_as(path)
     scan = reader.read(path, frame=frames - 1)
     np.testing.assert_array_equal(scan.pixels[0], pixels[-1] if frames > 1 else pixels)
+    assert scan.warnings == ("overlay",)
 
 
 @pytest.mark.parametrize(("dtype", "low"), [("u2", 0), ("i2", -2048)])
@@ -378,6 +379,8 @@ def test_shutter_burned_in_and_ultrasound_regions_change_neither_pixels_nor_mill
     scan = reader.read(path)
     np.testing.assert_array_equal(scan.pixels[0], IMAGE)
     assert scan.pixel_spacing_mm is None
+    assert scan.warnings == ("burned in", "shutter")
+    assert reader.read(write_dicom(IMAGE, BurnedInAnnotation="NO")).warnings == ()
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["of the image", "of its functional groups"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from edgemed import __version__
 from edgemed import infer as module
 from edgemed.backends import Outputs, Runner
 from edgemed.bundle import Bundle
-from edgemed.core import Example, Prompt, PromptRegion, Scan, Window
+from edgemed.core import SCAN_WARNINGS, Example, Prompt, PromptRegion, Scan, Window
 from edgemed.errors import BackendUnavailable, BundleError, InvalidInput
 from edgemed.geometry import box_of
 from edgemed.graphs import Feeds, GraphSpec
@@ -196,3 +197,10 @@ def test_prompt_too_long_for_the_cache_is_refused(session: Session) -> None:
 def test_notice_comes_from_the_family(session: Session) -> None:
     assert session.notice("en")
     assert session.notice("zh")
+
+
+def test_what_may_mislead_about_the_pixels_is_said_with_every_answer(session: Session) -> None:
+    misleading = replace(scan(), warnings=("overlay", "burned in"))
+    answer = session.ask(misleading, Prompt("Where is the liver?"))
+    assert answer.notes[:2] == (SCAN_WARNINGS["overlay"], SCAN_WARNINGS["burned in"])
+    assert session.ask(scan(), Prompt("Where is the liver?")).notes == answer.notes[2:]
