@@ -107,7 +107,7 @@ def check_bounds(spec: GraphSpec, feeds: Feeds) -> None:
     """Raise InvalidInput where values of `feeds` lead beyond a table: an engine would read what lies there.
 
     By the names of the decoder's inputs and dims: past_length and the new tokens fit into the cache, ids are below the
-    vocabulary and the rows of images, logits_from is one of the new tokens.
+    vocabulary and the rows of images, logits_from is one of the new tokens, text_at and box_at count from it on.
     """
     if "input_ids" not in feeds:
         return
@@ -117,10 +117,14 @@ def check_bounds(spec: GraphSpec, feeds: Feeds) -> None:
         limits.append(("past_length", feeds["past_length"], spec.dims["cache"].max - ids.shape[1]))
     if "logits_from" in feeds:
         limits.append(("logits_from", feeds["logits_from"], ids.shape[1] - 1))
+        kept = ids.shape[1] - int(feeds["logits_from"][0])
+        limits += [(name, feeds[name], kept - 1) for name in ("text_at", "box_at") if name in feeds]
     vocabulary = next((t.shape[-1] for t in spec.outputs if t.name == "logits"), None)
     if isinstance(vocabulary, int):
         limits.append(("input_ids", ids, vocabulary + rows - 1))
     for name, values, most in limits:
+        if not values.size:
+            continue
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > most:
             wrong = low if low < 0 else high

@@ -33,6 +33,7 @@ from edgemed.backends.tensorrt_runner import (
 )
 from edgemed.bundle import open_bundle
 from edgemed.errors import BackendUnavailable, BundleError, DeviceOutOfMemory, InvalidInput
+from edgemed.families.specs import every_logit
 from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (extra: edgemed[gpu])")
@@ -88,6 +89,8 @@ def test_values_within_the_tables_pass(given: dict[str, np.ndarray]) -> None:
         (feeds([1, -2]), "input_ids: value -2"),
         (feeds([12], rows=2), "input_ids: value 12, expected 0 to 11"),
         (feeds([1, 2], 0, 2), "logits_from: value 2, expected 0 to 1"),
+        ({**feeds([1, 2], 0, 1), "text_at": np.array([1])}, "text_at: value 1, expected 0 to 0"),
+        ({**feeds([1, 2]), "text_at": np.zeros(0, np.int64), "box_at": np.array([-1])}, "box_at: value -1"),
     ],
 )
 def test_values_beyond_a_table_are_refused_before_an_engine_reads_there(
@@ -375,12 +378,17 @@ def test_the_portable_decoder_answers_as_in_onnxruntime(start: Start, tmp_path: 
     runner = open_runner("onnxruntime", tmp_path / "decoder.onnx", spec, device="cpu", threads=1)
     given = decoder_feeds(spec)
     ids = given["input_ids"][0]
-    for begin, end, kept in [(0, 20, 19), (20, 21, 0), (21, 27, 0), (24, 26, 1), (0, 30, 0)]:
+    for begin, end, kept, text_at, box_at in [
+        (0, 20, 19, [0], []), (20, 21, 0, [], [0]), (21, 27, 0, [0, 5], [1, 2, 3]), (24, 26, 1, [], []),
+        (0, 30, 0, list(range(30)), []),
+    ]:  # fmt: skip
         call = {**given, "input_ids": ids[None, begin:end], "past_length": np.array([begin], np.int64),
-                "logits_from": np.array([kept], np.int64)}  # fmt: skip
+                "logits_from": np.array([kept], np.int64), "text_at": np.array(text_at, np.int64),
+                "box_at": np.array(box_at, np.int64)}  # fmt: skip
         ours, theirs = execution.run(call), runner.run(call)
         assert ours.keys() == theirs.keys()
-        assert ours["logits"].shape[1] == end - begin - kept
+        assert ours["hidden"].shape[1] == end - begin - kept
+        assert (ours["logits"].shape[1], ours["box_logits"].shape[1]) == (len(text_at), len(box_at))
         for name, values in theirs.items():
             assert np.array_equal(ours[name], values), name
 
@@ -551,6 +559,7 @@ def decoder_feeds(spec: GraphSpec) -> dict[str, np.ndarray]:
         "image_tokens": rng.normal(0, 0.3, (40, width)).astype(np.float32),
         "past_length": np.array([0], np.int64),
         "logits_from": np.array([0], np.int64),
+        **every_logit(spec, 30),
     }
 
 
