@@ -173,7 +173,8 @@ make_installer() {
     rm "$archive"
 }
 
-# Wheels are packed already, so the package is stored as it is; dpkg-deb takes the times from SOURCE_DATE_EPOCH.
+# Wheels are packed already, so the package is stored as it is. dpkg-deb takes SOURCE_DATE_EPOCH for what is newer only:
+# a wheel that was fetched before the commit would keep its own time.
 make_package() {
     local lane=$1 tree=$work/deb name=edgemed from=$here/deb kilobytes
     [ "$lane" = cpu ] || name=edgemed-$lane
@@ -205,6 +206,7 @@ make_package() {
     [ "$lane" = cpu ] || printf 'Provides: edgemed\nConflicts: edgemed\nReplaces: edgemed\n' >>"$tree/DEBIAN/control"
     chmod -R u=rwX,go=rX "$tree"
     install -m 755 "$from/postinst" "$from/prerm" "$from/postrm" "$tree/DEBIAN/"
+    find "$tree" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
     say "${name}_${version}_amd64.deb"
     dpkg-deb --root-owner-group -Znone --build "$tree" "$out/${name}_${version}_amd64.deb" >/dev/null
 }
