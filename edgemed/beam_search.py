@@ -53,7 +53,7 @@ def beam_search(
     Raises InvalidInput as `decoding.decode` does.
     """
     check_prompt(prompt_ids, options)
-    cache = _Cache(Calls(runner, fixed, options.split_head), prompt_ids)
+    cache = _Cache(Calls(runner, fixed, options.split_head, options.box_head), prompt_ids)
     logits, first_hidden = cache.prefill()
     prefill_ms = cache.calls.milliseconds
     running = [_Beam((), (), grammar.start())]

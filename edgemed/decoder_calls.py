@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,10 +40,11 @@ class PromptCache:
 class Calls:
     """Calls the decoder with the next ids, and counts. `past`: how many ids its cache holds; less rolls it back."""
 
-    def __init__(self, runner: Runner, fixed: Feeds, split_head: bool = False) -> None:
+    def __init__(self, runner: Runner, fixed: Feeds, split_head: bool = False, box_head: bool = False) -> None:
         self.runner = runner
         self.fixed = fixed
         self.split_head = split_head
+        self.box_head = box_head
         self.count = 0
         self.past = 0
         self.milliseconds = 0.0
@@ -60,8 +62,17 @@ class Calls:
         text_at, box_at: of these positions, counted from `logits_from` on, logits are wanted, over the whole vocabulary
         and over the coordinates; default: of all, over the whole. A decoder without a split head gives all.
         """
+        with self.timed():
+            return self._run(ids, logits_from % len(ids), text_at, box_at)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time of the block as the decoder's."""
         start = time.perf_counter()
-        first = logits_from % len(ids)
+        yield
+        self.milliseconds += (time.perf_counter() - start) * 1000
+
+    def _run(self, ids: Sequence[int], first: int, text_at: Sequence[int] | None, box_at: Sequence[int]) -> Outputs:
         feeds = {
             **self.fixed,
             "input_ids": np.array([ids], np.int64),
@@ -70,13 +81,13 @@ class Calls:
         }
         if self.split_head:
             feeds["text_at"] = np.array(range(len(ids) - first) if text_at is None else text_at, np.int64)
+        if self.box_head:
             feeds["box_at"] = np.array(box_at, np.int64)
         out = self.runner.run(feeds)
         if "router" in out:
             self.routed.append(out["router"][0])
         self.past += len(ids)
         self.count += 1
-        self.milliseconds += (time.perf_counter() - start) * 1000
         return out
 
     def read_images(self, prompt_ids: Sequence[int], vocabulary: int, prompts: PromptCache) -> int:

@@ -2,14 +2,14 @@
 
 Covers prefill, the grammar's masks, greedy choice and sampling, tokens without a choice, drafts and their check, the
 hidden states a mask decoder needs, and ending well at the token limit. Does not see the KV cache (the Runner has it),
-text (the family has the tokenizer), or where drafts come from (`drafts`).
+text (the family has the tokenizer), where drafts come from (`drafts`), or logits (`token_choice`, `kernel_head`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from edgemed.decoder_calls import Calls, PromptCache
 from edgemed.drafts import Drafter, Guess
 from edgemed.errors import InvalidInput
 from edgemed.graphs import Feeds
-from edgemed.triton_kernels.masked_argmax import masked_argmax
+from edgemed.kernel_head import KernelHead
+from edgemed.token_choice import Logits, Mask, NextToken, Numbers
 
 Vector = npt.NDArray[np.float32]
 
@@ -36,7 +37,7 @@ class DecodeOptions:
     eos_id: ends the answer. keep_hidden: token ids whose hidden state is returned; None: every position's.
     cache: tokens the decoder's cache holds, prompt and answer together. router: keep what the routers said.
     numbers: token id -> the number it writes (a coordinate's bin, a digit); for these `Decoded.spreads` is measured.
-    split_head: the decoder computes logits where they are asked for, its `box_logits` being those of `numbers`.
+    split_head: the decoder computes logits where they are asked for. box_head: its `box_logits` are those of `numbers`.
     """
 
     eos_id: int
@@ -48,6 +49,7 @@ class DecodeOptions:
     router: bool = False
     numbers: Mapping[int, float] = field(default_factory=dict)
     split_head: bool = False
+    box_head: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -104,6 +106,7 @@ def decode(
     options: DecodeOptions,
     drafter: Drafter | None = None,
     prompts: PromptCache | None = None,
+    head: KernelHead | None = None,
 ) -> Decoded:
     """Return the answer to `prompt_ids`, each token the best (or drawn) one that `grammar` allows.
 
@@ -115,11 +118,15 @@ def decode(
 
     prompts: with one, images that the last prompt began with, too, are not read again.
 
+    head: with one, a decoder with a split head ends in the hidden state, and kernels choose the tokens. Greedy only.
+
     Raises InvalidInput where the prompt is empty or leaves no room in the cache, or where logits are not finite.
     """
     check_prompt(prompt_ids, options)
+    if head is not None and (options.temperature or not options.split_head):
+        raise InvalidInput("kernels choose greedily, for a decoder that computes logits where they are asked for alone")
     walk = _Walk(grammar, options, min(options.max_new_tokens, options.cache - len(prompt_ids)))
-    calls = Calls(runner, fixed, options.split_head)
+    calls = Calls(runner, fixed, options.split_head, options.box_head)
     hidden: dict[int, Vector] = {}
     guesses: dict[int, Guess] = {}
     held = 0
@@ -140,12 +147,18 @@ def decode(
         elif calls.count:
             start = next((i for i in range(len(feed)) if walk.keeps(first + i)), start)
         read_from = len(feed) - 1 - start  # of the positions that are kept, logits are read from this one on
-        text_at, box_at = walk.wanted(draft, read_from) if options.split_head else (None, ())
-        out = calls.run([*feed, *draft], start, text_at, box_at)
+        masks = walk.masks(draft) if options.split_head else []
+        asked = Asked.nothing() if head is not None else walk.asked(masks, read_from)
+        out = calls.run([*feed, *draft], start, asked.text_at, asked.box_at)
+        rows: Sequence[NextToken | None]
+        if head is not None:
+            with calls.timed():
+                rows = head.rows(out["hidden"][0][read_from:], masks, walk.numbers)
+        else:
+            rows = walk.rows(out, asked, read_from, 1 + len(draft))
         if calls.count == 1:
             prefill_ms = calls.milliseconds
         before = calls.past - len(draft)
-        rows = out["logits"][0][read_from:] if text_at is None else walk.rows(out, text_at, box_at, read_from, draft)
         stay = walk.take(rows, draft, before)
         stayed = stay.index - first  # so many tokens of this call are still part of prompt and answer
         for kept in (hidden, guesses):
@@ -187,6 +200,19 @@ def decode(
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Kept positions of a call whose logits are wanted: over the vocabulary (None: all), over coordinates alone."""
+
+    text_at: Sequence[int] | None = None
+    box_at: Sequence[int] = ()
+
+    @classmethod
+    def nothing(cls) -> Asked:
+        """Return what asks for no logits at all."""
+        return cls(())
+
+
+@dataclass(frozen=True)
 class _Stay:
     """What is left of a call: the ids that go in next, how many tokens the cache holds validly, drafts that were right.
 
@@ -211,12 +237,11 @@ class _Walk(Generic[State]):
         self.ids: list[int] = []
         self.log_probs: list[float] = []
         self.spreads: list[float | None] = []
-        self._number_ids = np.array(list(options.numbers), np.int64)
-        self._numbers = np.array(list(options.numbers.values()), np.float64)
+        self.numbers = Numbers(options.numbers)
         self.end = 0  # how many ids there are where the grammar last allowed an end
         self.ended = False
         self.finished = False
-        self._rest: tuple[int, State, npt.NDArray[Any]] | None = None  # past, state and logits there
+        self._rest: tuple[int, State, NextToken | None] | None = None  # past, state and what came next there
         self._refused: set[int] = set()  # tokens that led to a refusal from there
 
     def keeps(self, index: int) -> bool:
@@ -226,49 +251,59 @@ class _Walk(Generic[State]):
             return -1 <= index < len(self.ids)
         return 0 <= index < len(self.ids) and self.ids[index] in wanted
 
-    def wanted(self, draft: Sequence[int], start: int) -> tuple[list[int], list[int]]:
-        """Return the positions, of 1 + len(draft) from `start` on, whose logits are wanted: all of them, the numbers'.
-
-        None are wanted where the grammar leaves no choice; those of the numbers alone where it leaves nothing else.
-        """
-        text_at: list[int] = []
-        box_at: list[int] = []
+    def masks(self, draft: Sequence[int]) -> list[Mask | None]:
+        """Return what is allowed at 1 + len(draft) positions; None where there is nothing to choose."""
         if self.finished:  # the call is for a hidden state alone
-            return text_at, box_at
+            return [None] * (1 + len(draft))
+        found: list[Mask | None] = []
         state = self._state
-        for position, token in enumerate((*draft, None), start):
+        for token in (*draft, None):
             allowed = self._grammar.allowed(state)
-            open_here, numbers = np.count_nonzero(allowed), np.count_nonzero(allowed[self._number_ids])
-            if numbers == open_here:
-                box_at.append(position)
-            elif open_here > 1:
-                text_at.append(position)
+            found.append(allowed if np.count_nonzero(allowed) > 1 else None)
             if token is not None:
                 state = self._grammar.advance(state, token)
-        return text_at, box_at
+        return found
 
-    def rows(
-        self, out: Outputs, text_at: Sequence[int], box_at: Sequence[int], start: int, draft: Sequence[int]
-    ) -> list[npt.NDArray[Any]]:
-        """Return the logits of 1 + len(draft) positions, as `take` wants them, of what `wanted` named."""
-        nothing = np.full(out["logits"].shape[-1], -np.inf, np.float32)
-        found = dict(zip(text_at, out["logits"][0], strict=True))
-        for position, numbers in zip(box_at, out["box_logits"][0], strict=True):
-            found[position] = nothing.copy()
-            found[position][self._number_ids] = numbers
-        return [found.get(start + i, nothing) for i in range(1 + len(draft))]
+    def asked(self, masks: Sequence[Mask | None], start: int) -> Asked:
+        """Return the positions, from `start` on, whose logits a decoder with a split head is asked for."""
+        if not self._options.split_head:
+            return Asked()
+        text_at: list[int] = []
+        box_at: list[int] = []
+        for position, allowed in enumerate(masks, start):
+            if allowed is None:
+                continue
+            numbers = self._options.box_head and np.count_nonzero(allowed[self.numbers.ids]) == np.count_nonzero(
+                allowed
+            )
+            (box_at if numbers else text_at).append(position)
+        return Asked(text_at, box_at)
 
-    def take(self, rows: Sequence[npt.NDArray[Any]], draft: Sequence[int], past: int) -> _Stay:
+    def rows(self, out: Outputs, asked: Asked, start: int, count: int) -> list[NextToken | None]:
+        """Return what `take` wants of a call's outputs, for `count` positions from `start` on."""
+        if asked.text_at is None:
+            return [Logits(row) for row in out["logits"][0][start:]]
+        found: dict[int, NextToken] = {
+            position: Logits(row) for position, row in zip(asked.text_at, out["logits"][0], strict=True)
+        }
+        for position, coordinates in zip(asked.box_at, out["box_logits"][0] if asked.box_at else (), strict=True):
+            row = np.full(out["logits"].shape[-1], -np.inf, np.float32)
+            row[self.numbers.ids] = coordinates
+            found[position] = Logits(row)
+        return [found.get(start + i) for i in range(count)]
+
+    def take(self, rows: Sequence[NextToken | None], draft: Sequence[int], past: int) -> _Stay:
         """Return what stays of a call after its logits were read, row by row, as long as the draft was right.
 
-        rows: logits [vocabulary] of 1 + len(draft) positions; past: tokens in the cache up to the first row.
+        rows: of 1 + len(draft) positions, None where there is nothing to choose. past: tokens in the cache up to the
+        first row.
         """
         if self.finished:  # the call was for a hidden state alone
             return _Stay([], past, 0, len(self.ids))
         before = len(self.ids)
         lowest = before
-        for row, logits in enumerate(rows):
-            token, back = self._choose(logits, past + row)
+        for row, after in enumerate(rows):
+            token, back = self._choose(after, past + row)
             if back is not None:
                 lowest = min(lowest, self.end)
             if token is None:
@@ -279,18 +314,17 @@ class _Walk(Generic[State]):
                 return _Stay([token], past + row, row, before + row)
         raise AssertionError("one row more than draft tokens was expected")
 
-    def _choose(self, logits: npt.NDArray[Any], past: int) -> tuple[int | None, int | None]:
+    def _choose(self, after: NextToken | None, past: int) -> tuple[int | None, int | None]:
         """Return (the next token or None at the end, where the cache is rolled back to or None)."""
         back: int | None = None
         while True:
-            allowed = self._note_end(past, logits)
+            allowed = self._note_end(past, after)
             if self.finished:
                 return None, back
-            token, log_prob = self._pick(logits, allowed)
+            token, log_prob, spread = self._pick(after, allowed)
             if token == self._options.eos_id:
                 self.ended = self.finished = True
                 return None, back
-            spread = self._spread(logits, allowed) if token in self._options.numbers else None
             self._add(token, log_prob, spread)
             if not self._grammar.refuses(self._state):
                 self._stop_at_limit()
@@ -298,35 +332,29 @@ class _Walk(Generic[State]):
             assert self._rest is not None
             self._refused.add(self.ids[self.end])
             del self.ids[self.end :], self.log_probs[self.end :], self.spreads[self.end :]
-            past, self._state, logits = self._rest  # the cache is rolled back by its length alone
+            past, self._state, after = self._rest  # the cache is rolled back by its length alone
             back = past
 
-    def _note_end(self, past: int, logits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    def _note_end(self, past: int, after: NextToken | None) -> Mask:
         """Return what is allowed here, after noting whether the answer may end here."""
         allowed = self._grammar.allowed(self._state)
         if allowed[self._options.eos_id]:
             if self._rest is None or len(self.ids) != self.end:
                 self._refused = set()
-                self.end, self._rest = len(self.ids), (past, self._state, logits.copy())
+                self.end, self._rest = len(self.ids), (past, self._state, None if after is None else after.kept())
             if self._refused:
                 allowed = allowed.copy()
                 allowed[list(self._refused)] = False
         return allowed
 
-    def _pick(self, logits: npt.NDArray[Any], allowed: npt.NDArray[np.bool_]) -> tuple[int, float]:
+    def _pick(self, after: NextToken | None, allowed: Mask) -> tuple[int, float, float | None]:
+        """Return the token, the log of its probability, and its spread if it is a number."""
         only = _only(allowed)
         if only is not None:
-            return only, 0.0
-        return _pick(logits, allowed, self._options.temperature, self._rng)
-
-    def _spread(self, logits: npt.NDArray[Any], allowed: npt.NDArray[np.bool_]) -> float:
-        """Return the standard deviation of the number that comes next, if it is one."""
-        open_here = allowed[self._number_ids]
-        likely = logits[self._number_ids][open_here].astype(np.float64)
-        weights = np.exp(likely - likely.max())
-        weights /= weights.sum()
-        numbers = self._numbers[open_here]
-        return float(np.sqrt(weights @ np.square(numbers - weights @ numbers)))
+            return only, 0.0, 0.0 if only in self.numbers else None
+        assert after is not None, "a position with a choice was not asked for"
+        token, log_prob = after.pick(allowed, self._options.temperature, self._rng)
+        return token, log_prob, after.spread(allowed, self.numbers) if token in self.numbers else None
 
     def _add(self, token: int, log_prob: float, spread: float | None) -> None:
         self.ids.append(token)
@@ -349,7 +377,7 @@ class _Walk(Generic[State]):
                 break
             if self._grammar.refuses(self._grammar.advance(self._state, token)):
                 break  # going back needs the logits of a call
-            self._add(token, 0.0, 0.0 if token in self._options.numbers else None)
+            self._add(token, 0.0, 0.0 if token in self.numbers else None)
             run.append(token)
             self._stop_at_limit()
         return run
@@ -396,19 +424,3 @@ def _only(allowed: npt.NDArray[np.bool_]) -> int | None:
     """Return the only token that is allowed, or None if there are several."""
     token = int(allowed.argmax())
     return token if np.count_nonzero(allowed) == 1 else None
-
-
-def _pick(
-    logits: npt.NDArray[Any], allowed: npt.NDArray[np.bool_], temperature: float, rng: np.random.Generator
-) -> tuple[int, float]:
-    """Return (token, log probability as in `Decoded`): the best allowed token at temperature 0, else a draw."""
-    best = masked_argmax(logits[None], allowed[None])
-    token = int(best.index[0])
-    if temperature > 0:
-        choices = np.flatnonzero(allowed)
-        with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) = 0 is right
-            weights = np.exp((logits[choices].astype(np.float64) - float(best.peak[0])) / temperature)
-        reached = np.cumsum(weights)
-        drawn = np.searchsorted(reached, rng.random() * reached[-1], side="right")
-        token = int(choices[min(drawn, len(choices) - 1)])
-    return token, float(logits[token]) - float(best.log_sum_exp[0])

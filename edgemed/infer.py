@@ -36,9 +36,11 @@ from edgemed.decoding import NOTHING_DECODED, Decoded, DecodeOptions, decode
 from edgemed.drafts import PhraseDrafts
 from edgemed.errors import BackendUnavailable, InvalidInput
 from edgemed.families import EXAMPLE, Family, Prepared, Question, Written, open_family
-from edgemed.families.specs import has_split_head
+from edgemed.families.specs import has_box_head, has_split_head
 from edgemed.graphs import Feeds, GraphSpec
+from edgemed.kernel_head import KernelHead, open_head
 from edgemed.memory import MemoryPlan, check_memory, free_bytes, place_of, plan_memory
+from edgemed.triton_kernels.head_file import KERNELS
 
 DecodeMode = Literal["auto", "plain"]
 
@@ -166,9 +168,17 @@ class Session:
                 return open_runner(backend, runs, spec, device="cpu", threads=threads)
 
         wanted = [role for role in bundle.manifest.graphs if roles is None or role in roles]
-        pool = ThreadPoolExecutor(max(1, len(wanted)), thread_name_prefix="load-graph")
+        pool = ThreadPoolExecutor(1 + len(wanted), thread_name_prefix="load-graph")
         fits = pool.submit(check)  # here, too, since it may have to import the engine
         self._runners: dict[str, Future[Runner]] = {r: pool.submit(load, r) for r in wanted}
+
+        def load_head() -> KernelHead | None:
+            runner = self._runners["decoder"].result()
+            if artifact is not None or not runner.device.startswith("GPU"):
+                return None
+            return open_head(bundle.path / KERNELS, int(runner.device.split()[1]), tell or _say_nothing)
+
+        self._head = pool.submit(load_head) if "decoder" in self._runners else None
         pool.shutdown(wait=False)
         try:
             self.family: Family = open_family(bundle)  # while the graphs load
@@ -189,10 +199,15 @@ class Session:
         """Return when all graphs are loaded; raises what loading one of them raised."""
         for future in self._runners.values():
             future.result()
+        if self._head is not None:
+            self._head.result()
 
     def close(self) -> None:
         """Give back the runners' memory and devices, and forget all features."""
         self._images.clear()
+        if self._head is not None and not self._head.cancel():
+            self._head.exception()  # it may still wait for the decoder
+        self._head = None
         for future in self._runners.values():
             if not future.cancel() and future.exception() is None:
                 future.result().close()
@@ -240,7 +255,7 @@ class Session:
         features, projected = self._images_of(run, prepared)
         with run.timed("prepare"):
             question = self.family.ask(prompt, prepared, projected, constrained=options.grammar)
-        decoded = _decode(run, question, options, self._prompts)
+        decoded = _decode(run, question, options, self._prompts, self._head)
         hidden = dict(decoded.hidden)
         written = Written(decoded.ids, decoded.log_probs, hidden, decoded.ended, decoded.spreads)
         feeds = self.family.mask_feeds(prompt, prepared, projected, written)
@@ -311,14 +326,15 @@ class Session:
         }
         runners = [future.result() for future in self._runners.values()]
         backends = sorted({runner.backend for runner in runners})
+        head = _head_for(options, self._head)
         return Provenance(
             edgemed=__version__,
             family=manifest.family,
             bundle=manifest.name,
             bundle_sha256=self.bundle.digest,
-            backend=", ".join(backends),
+            backend=", ".join([*backends, *(["triton"] if head is not None else [])]),
             device=", ".join(sorted({runner.device for runner in runners})),
-            precision=dict(manifest.precision),
+            precision={**manifest.precision, **({} if head is None else {"head": head.format})},
             decode=options.decode,
             tokens=counts,
             timings_ms={**run.timings, "total": run.elapsed_ms()},
@@ -388,7 +404,19 @@ def _vocabulary(specs: Mapping[str, GraphSpec]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _decode(run: _Run, question: Question, options: InferOptions, prompts: PromptCache) -> Decoded:
+def _head_for(options: InferOptions, head: Future[KernelHead | None] | None) -> KernelHead | None:
+    """Return the kernels, where there are any and they choose as `options` say: they have no logits to draw from."""
+    greedy = options.beams == 1 and options.temperature == 0
+    return head.result() if head is not None and greedy else None
+
+
+def _decode(
+    run: _Run,
+    question: Question,
+    options: InferOptions,
+    prompts: PromptCache,
+    head: Future[KernelHead | None] | None,
+) -> Decoded:
     if not question.prompt_ids:
         return NOTHING_DECODED
     if options.router and all(t.name != "router" for t in run.specs["decoder"].outputs):
@@ -405,6 +433,7 @@ def _decode(run: _Run, question: Question, options: InferOptions, prompts: Promp
             router=options.router,
             numbers=question.numbers,
             split_head=has_split_head(run.specs["decoder"]),
+            box_head=has_box_head(run.specs["decoder"]),
             **({} if cache is None else {"cache": cache.max}),
         )
         what = (runner, question.prompt_ids, question.fixed, question.grammar, wanted)
@@ -412,10 +441,16 @@ def _decode(run: _Run, question: Question, options: InferOptions, prompts: Promp
             prompts.forget()
             decoded = beam_search(*what, options.beams)
         else:
-            drafter = question.drafter or PhraseDrafts([question.prompt_ids])
-            decoded = decode(*what, drafter if options.decode == "auto" else None, prompts)
+            drafter = None
+            if options.decode == "auto":
+                drafter = question.drafter or PhraseDrafts([question.prompt_ids])
+            decoded = decode(*what, drafter, prompts, _head_for(options, head))
     run.timings["decoder_prefill"] = decoded.prefill_ms
     return decoded
+
+
+def _say_nothing(line: str) -> None:
+    """Take a note and drop it."""
 
 
 def _digest(feeds: Feeds) -> bytes:

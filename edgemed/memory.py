@@ -21,6 +21,7 @@ from edgemed.backends import Device, device_from_text
 from edgemed.bundle import Bundle, graph_file
 from edgemed.errors import BundleError, DeviceOutOfMemory, OutOfMemory
 from edgemed.graphs import GraphSpec, TensorSpec
+from edgemed.triton_kernels.head_file import is_head
 
 MIB = 1 << 20
 
@@ -95,6 +96,9 @@ def plan_memory(
     weights = {"checkpoint": float32_bytes or 0}
     if float32_bytes is None:
         weights = {role: _weight_bytes(bundle.path / graph_file(role), kind) for role in specs}
+        second = [bundle.file(name).stat().st_size for name in bundle.manifest.files if is_head(name)]
+        if kind == "gpu" and "decoder" in specs and second:
+            weights["head"] = sum(second)  # beside the decoder's own, for the kernels
     tokens = usual_tokens(bundle.manifest.graphs) if tokens is None else tokens
     base = BASE_BYTES if float32_bytes is None else TORCH_BASE_BYTES
     return MemoryPlan(

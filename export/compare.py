@@ -106,8 +106,14 @@ def run_both(
     pairs: Pairs = {}
     last: dict[str, Feeds] = {}
 
+    def run_ours(role: str, feeds: Feeds) -> Feeds:
+        asked = (
+            every_logit(specs[role], 1) if role == "decoder" else {}
+        )  # theirs may have a whole head, ours a split one
+        return ours[role].run({**feeds, **asked})
+
     def both(role: str, feeds: Feeds) -> Feeds:
-        expected, last[role] = theirs[role].run(feeds), ours[role].run(feeds)
+        expected, last[role] = theirs[role].run(feeds), run_ours(role, feeds)
         suffix = "" if _same_experts(expected, last[role]) else REROUTED
         for name, values in expected.items():
             if values.dtype.kind == "f":
@@ -116,7 +122,7 @@ def run_both(
         return expected
 
     def alone(role: str, feeds: Feeds) -> Feeds:
-        return last[role] if role == "vision_encoder" else ours[role].run(feeds)  # whose feeds are the same
+        return last[role] if role == "vision_encoder" else run_ours(role, feeds)  # whose feeds are the same
 
     try:
         for role, spec in specs.items():

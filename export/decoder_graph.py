@@ -23,7 +23,7 @@ from onnx import TensorProto
 from edgemed.blocks import as_float32
 from edgemed.errors import InvalidInput
 from edgemed.export.graph_writer import FUSED, GraphWriter, smallest
-from edgemed.families.specs import SIDES, has_split_head
+from edgemed.families.specs import SIDES, has_box_head, has_split_head
 from edgemed.graphs import GraphSpec
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class DecoderBuilder:
         self.cache = spec.dims["cache"].max
         self.draft = any(t.name == "box_draft" for t in spec.outputs)
         self.split_head = has_split_head(spec)
+        self.box_head = has_box_head(spec)
         self.node, self.constant = writer.node, writer.constant
         self.routed: list[str] = []  # probabilities of each layer with experts, [1, kept, experts]
 
@@ -236,7 +237,7 @@ class DecoderBuilder:
         head = "embedding" if c.tied else "head"
         asked = self.node("Gather", [hidden, "text_at"], "text_hidden", axis=1) if self.split_head else hidden
         self.linear(asked, head, c.vocabulary, c.width, stored="head", output="logits")
-        if self.split_head:
+        if self.box_head:
             # Rows of the head a second time, 25 % of nano's and no part of a larger model's worth counting: a matrix in
             # blocks of integers cannot be cut at run time.
             boxed = self.node("Gather", [hidden, "box_at"], "box_hidden", axis=1)

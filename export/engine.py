@@ -25,12 +25,11 @@ from edgemed.backends.engine_build import (
 from edgemed.backends.engine_cache import EngineKey, write_cached
 from edgemed.bundle import Bundle, write_bundle
 from edgemed.errors import CannotWrite
+from edgemed.families.specs import has_split_head
+from edgemed.triton_kernels.head_file import KERNELS, check_head, write_head
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is built, steps done, steps in all)."""
-
-KERNELS = "kernels/"
-"""Where the cubins lie in a bundle."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,20 @@ def build_engines(
     return tuple(built)
 
 
-def with_kernels(bundle: Bundle, output: str | Path, targets: Sequence[int] | None = None) -> Bundle:
-    """Return a copy of a bundle in `output` with the cubins of all kernels, in place of those it had.
+def with_kernels(
+    bundle: Bundle,
+    output: str | Path,
+    targets: Sequence[int] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Return a copy of a bundle in `output` with the cubins of all kernels and the LM head that they read, in place of
+    those it had.
 
-    targets: compute capabilities times 10; None: all that kernels are compiled for. A signature is not copied.
+    targets: compute capabilities times 10; None: all that kernels are compiled for. tell: gets a line on the head. A
+    signature is not copied.
 
-    Raises InvalidInput where a target is unknown, BackendUnavailable without triton, CannotWrite.
+    Raises InvalidInput where a target is unknown, BackendUnavailable without triton, BundleError where the decoder's
+    head cannot be read, CannotWrite.
     """
     from edgemed.triton_kernels.aot import build_kernels
     from edgemed.triton_kernels.variants import TARGETS
@@ -98,10 +105,13 @@ def with_kernels(bundle: Bundle, output: str | Path, targets: Sequence[int] | No
         raise CannotWrite(f"cannot write a bundle to {place}: it exists already; choose another folder")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        said = _add_head(bundle, folder)
+        if tell:
+            tell(said)
         compiled = build_kernels(folder, targets or TARGETS)
-        files: dict[str, bytes | Path] = {n: bundle.file(n) for n in manifest.files if not n.startswith(KERNELS)}
+        files: dict[str, bytes | Path] = {n: bundle.file(n) for n in manifest.files if not n.startswith(f"{KERNELS}/")}
         made = sorted(path for path in folder.rglob("*") if path.is_file())
-        files.update({KERNELS + path.relative_to(folder).as_posix(): path for path in made})
+        files.update({f"{KERNELS}/{path.relative_to(folder).as_posix()}": path for path in made})
         return write_bundle(
             output,
             name=manifest.name,
@@ -114,3 +124,19 @@ def with_kernels(bundle: Bundle, output: str | Path, targets: Sequence[int] | No
             licences=manifest.licences,
             settings=manifest.settings,
         )
+
+
+def _add_head(bundle: Bundle, folder: Path) -> str:
+    """Write the head of the bundle's decoder into `folder`, where a decoder can end in the hidden state; say so."""
+    from edgemed.export.head_matrix import packed_head
+
+    spec = bundle.manifest.graphs.get("decoder")
+    if spec is None or not has_split_head(spec):
+        return (
+            "the decoder of this bundle computes its logits itself, so that no session will use the kernels: export "
+            "the checkpoint again with --target tensorrt"
+        )
+    head = packed_head(bundle.graph_path("decoder"), bundle.manifest.precision.get("decoder", ""))
+    check_head(head)
+    write_head(folder, head)
+    return f"the head for the kernels is {head.format}, {head.rows} x {head.width}"

@@ -27,6 +27,7 @@ from onnx import TensorProto, helper
 from edgemed.errors import InvalidInput
 from edgemed.export.decoder_graph import ROPE, WHOLE, DecoderBuilder
 from edgemed.export.graph_writer import TYPES, Computed, GraphWriter, rounded
+from edgemed.families.specs import with_split_head
 from edgemed.graphs import GraphSpec
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _MASKED = -3e4
 def portable_spec(spec: GraphSpec, dtype: Computed = "fp16") -> GraphSpec:
     """Return the GraphSpec of the portable form of a decoder: that of the fused one with the cache in `dtype`.
 
+    Its head is split, so that it can end in the hidden state, which kernels beside an engine take.
+
     bf16: NumPy knows the type only where ml_dtypes is imported, which a workstation does not have.
     """
     state = {name for pair in spec.state for name in pair}
@@ -50,7 +53,7 @@ def portable_spec(spec: GraphSpec, dtype: Computed = "fp16") -> GraphSpec:
         tuple(replace(t, dtype=kind) if t.name in state else t for t in tensors)
         for tensors in (spec.inputs, spec.outputs)
     )
-    return replace(spec, inputs=inputs, outputs=outputs)
+    return with_split_head(replace(spec, inputs=inputs, outputs=outputs))
 
 
 def build_portable_decoder(

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The long forms of the robustness tests: 100,000 fuzzed inputs, every n of every fault loop, the tests marked slow.
 #
-#   sh packaging/nightly.sh [INPUTS] [SEED]      in an environment with edgemed[dev]; about an hour on two cores
+#   sh packaging/nightly.sh [INPUTS] [SEED]      in an environment with edgemed[dev]; about seven minutes on two cores
 #
 # The seed is the date unless it is given, so that each night draws other inputs. Inputs that are findings, or that
 # crashed a decoder in its child, are kept in .cache/fuzz. Exit code 0 only if nothing was found.

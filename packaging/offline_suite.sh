@@ -11,6 +11,20 @@ python=${1:-.venv/bin/python}
 shift || true
 if [ "$#" -eq 0 ]; then
     set -- tests/infer tests/serve tests/dicom tests/report tests/bundle tests/cli tests/test_batch.py tests/offline
+    # Real files and programs of the tests, fetched while there is a network unless `check.py` has fetched them before.
+    while IFS= read -r variable; do
+        export "${variable?}"
+    done < <("$python" - <<'FETCH' | grep ^EDGEMED_TEST_
+import sys
+from pathlib import Path
+
+sys.path.insert(0, "packaging")
+import test_data, test_tools
+
+for name, value in (test_data.fetch(Path(sys.executable)) | test_tools.fetch()).items():
+    print(f"{name}={value}")
+FETCH
+    )
 fi
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT

@@ -57,6 +57,11 @@ def target_for(capability: int, targets: Collection[int]) -> int:
     return max(fitting)
 
 
+def targets_in(folder: Path) -> list[int]:
+    """Return the targets whose kernels lie in a folder."""
+    return sorted(int(place.name[3:]) for place in folder.glob("sm_*") if place.name[3:].isdigit())
+
+
 def read_kernels(folder: Path, target: int) -> dict[str, Mapping[str, Any]]:
     """Return variant name -> entry of `kernels.json` of a target. Raises BundleError where it cannot be read."""
     file = folder / f"sm_{target}" / DESCRIPTION
@@ -125,13 +130,13 @@ class CubinLauncher:
         self._device.set_current()
         self._stream: Any = self._device.create_stream()
         capability = self._device.compute_capability
-        present = [int(place.name[3:]) for place in folder.glob("sm_*") if place.name[3:].isdigit()]
-        target = target_for(capability.major * 10 + capability.minor, present)
+        target = target_for(capability.major * 10 + capability.minor, targets_in(folder))
         self._entries = read_kernels(folder, target)
         self._kernels: dict[str, Any] = {}
 
     def upload(self, array: npt.NDArray[Any]) -> Buffer:
         """Return a copy of `array` on the device. Raises DeviceOutOfMemory."""
+        self._device.set_current()  # of this thread, which need not be the one that opened the GPU
         host = np.ascontiguousarray(array)
         made = self.empty(host.shape, host.dtype.type)
         handle = int(made.buffer.handle), host.ctypes.data, host.nbytes, self._stream.handle

@@ -134,7 +134,7 @@ def _write_kernels(bundle: Bundle, output: str, targets: Sequence[str], tell: Te
     numbers = [number for name, number in known.items() if name in names]
     every = not names or ANY in targets
     tell(f"compiling kernels for {', '.join(known if every else names)}; this takes some minutes")
-    made = with_kernels(bundle, output, TARGETS if every else numbers)
+    made = with_kernels(bundle, output, TARGETS if every else numbers, tell)
     if (bundle.path / SIGNATURE).is_file():
         tell("the copy is another bundle, and not signed")
     cubins = sum(bool(re.fullmatch(r"kernels/sm_\d+/.*\.cubin", name)) for name in made.manifest.files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ TEXT, BOXED = "texts", "boxed"
 """Dims of a decoder with a split head: positions that may go on with any token, and with a coordinate alone."""
 
 SPLIT_HEAD = ("text_at", "box_at")
-"""The inputs of a decoder with a split head: see `decoder_spec`."""
+"""The inputs of a decoder with a split head; one without a part for coordinates has the first. See `decoder_spec`."""
 
 
 def has_split_head(spec: GraphSpec) -> bool:
@@ -27,9 +28,31 @@ def has_split_head(spec: GraphSpec) -> bool:
     return any(t.name == SPLIT_HEAD[0] for t in spec.inputs)
 
 
+def has_box_head(spec: GraphSpec) -> bool:
+    """Return whether the head of a decoder has a part for coordinates alone."""
+    return any(t.name == SPLIT_HEAD[1] for t in spec.inputs)
+
+
+def with_split_head(spec: GraphSpec) -> GraphSpec:
+    """Return the spec of a decoder that computes logits where they are asked for, without a part for coordinates."""
+    if has_split_head(spec):
+        return spec
+    fed = len(spec.fed_inputs)  # state comes last
+    where = TensorSpec(SPLIT_HEAD[0], "int64", (TEXT,))
+    logits = next(t for t in spec.outputs if t.name == "logits")
+    batch, _, vocabulary = logits.shape
+    return replace(
+        spec,
+        inputs=(*spec.inputs[:fed], where, *spec.inputs[fed:]),
+        outputs=tuple(replace(t, shape=(batch, TEXT, vocabulary)) if t is logits else t for t in spec.outputs),
+        dims={**spec.dims, TEXT: DimRange(0, 1, spec.dims["kept"].max)},
+    )
+
+
 def every_logit(spec: GraphSpec, kept: int) -> Feeds:
     """Return the feeds with which a decoder gives all logits that it has for all kept positions."""
-    return dict.fromkeys(SPLIT_HEAD, np.arange(kept)) if has_split_head(spec) else {}
+    fed = {t.name for t in spec.fed_inputs}
+    return {name: np.arange(kept) for name in SPLIT_HEAD if name in fed}
 
 
 def decoder_spec(

@@ -29,6 +29,7 @@ TOKENS = BoxTokens(
     bins=BINS,
     never=(BOS,),
 )
+NUMBERS = {FIRST + k: float(k) for k in range(BINS)}
 PROMPT = [BOS, 25, 26]
 FIXED = {"image_tokens": np.zeros((2, WIDTH), np.float32)}
 
@@ -320,7 +321,7 @@ def test_a_split_head_gives_the_same_and_multiplies_the_vocabulary_for_text_alon
     grammar = {"free": FreeGrammar(VOCABULARY), "boxes": boxes, "known": boxes.knowing(known)}[kind]
     options: dict[str, Any] = {
         "temperature": temperature, "seed": seed, "max_new_tokens": limit, "keep_hidden": keep,
-        "numbers": {FIRST + k: float(k) for k in range(BINS)},
+        "numbers": NUMBERS,
     }  # fmt: skip
     whole_runner = context(seed)
     whole_runner.may_go_back = True
@@ -328,7 +329,7 @@ def test_a_split_head_gives_the_same_and_multiplies_the_vocabulary_for_text_alon
     split_runner = SplitRunner(whole_runner.logits)
     split_runner.may_go_back = True
     drafter = Oracle(whole.ids, wrong, seed) if drafts else None
-    split = run(split_runner, grammar, drafter, split_head=True, **options)
+    split = run(split_runner, grammar, drafter, split_head=True, box_head=True, **options)
     assert (split.ids, split.ended) == (whole.ids, whole.ended)
     assert split.log_probs == pytest.approx(whole.log_probs, abs=1e-6)
     for found, expected in zip(split.spreads, whole.spreads, strict=True):
@@ -340,7 +341,7 @@ def test_a_box_costs_no_product_with_the_whole_vocabulary() -> None:
     grammar = BoxGrammar(TOKENS, VOCABULARY)
     place = (REF, 25, REF_END, BOX, FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, BOX_END, SEG)
     runner = SplitRunner(script(*place).logits)
-    decoded = run(runner, grammar, numbers={FIRST + k: float(k) for k in range(BINS)}, split_head=True)
+    decoded = run(runner, grammar, numbers=NUMBERS, split_head=True, box_head=True)
     assert decoded.ids == place
     # Text: <ref>, the name, </ref>, <seg>, the end. Coordinates: four. <box> and </box> are without a choice.
     assert runner.asked == (5, 4)

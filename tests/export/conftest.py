@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ import onnx
 import pytest
 import torch
 
+from edgemed.bundle import Bundle
+from edgemed.export import ExportOptions, export_bundle
 from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES
 from edgemed.families.native_text import NativeText
 from edgemed.families.native_torch import NativeModel, native_specs
@@ -105,3 +107,21 @@ def one_slice(sample_scan: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("slice")
     (folder / "slice.dcm").write_bytes(Path(sample_scan).read_bytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(
+    reference: Any, tmp_path_factory: pytest.TempPathFactory, traced_once: None, one_slice: Path
+) -> Callable[..., Bundle]:
+    """Exports a tiny checkpoint for TensorRT, each way once; the longest prompt of its comparison has 684 tokens."""
+    bundles: dict[tuple[str, ...], Bundle] = {}
+
+    def export(family: str, decoder: str = "auto", vision: str = "auto") -> Bundle:
+        how = (family, decoder, vision)
+        if how not in bundles:
+            options = ExportOptions(target="tensorrt", decoder=decoder, vision=vision, cache=800, slices=one_slice,
+                                    tell=lambda line: None)  # fmt: skip
+            bundles[how] = export_bundle(reference(family).folder, tmp_path_factory.mktemp("b") / "b", options)
+        return bundles[how]
+
+    return export

@@ -23,28 +23,10 @@ from edgemed.export.parity import Row
 from edgemed.export.portable_decoder import portable_spec
 from edgemed.infer import InferOptions, Session
 
-compact = pytest.mark.parametrize("reference", ["compact"], indirect=True)
-both = pytest.mark.parametrize("family", ["medrega-tiny", "medplib-tiny"])
-CACHE = 800
-"""Tokens; the longest prompt of the comparison has 684."""
-
 Made = Callable[..., Bundle]
 
-
-@pytest.fixture(scope="session")
-def made(reference: Any, tmp_path_factory: pytest.TempPathFactory, traced_once: None, one_slice: Path) -> Made:
-    """Exports a tiny checkpoint for TensorRT, each way once."""
-    bundles: dict[tuple[str, ...], Bundle] = {}
-
-    def export(family: str, decoder: str = "auto", vision: str = "auto") -> Bundle:
-        how = (family, decoder, vision)
-        if how not in bundles:
-            options = ExportOptions(target="tensorrt", decoder=decoder, vision=vision, cache=CACHE, slices=one_slice,
-                                    tell=lambda line: None)  # fmt: skip
-            bundles[how] = export_bundle(reference(family).folder, tmp_path_factory.mktemp("b") / "b", options)
-        return bundles[how]
-
-    return export
+compact = pytest.mark.parametrize("reference", ["compact"], indirect=True)
+both = pytest.mark.parametrize("family", ["medrega-tiny", "medplib-tiny"])
 
 
 def parity(bundle: Bundle) -> dict[str, Any]:

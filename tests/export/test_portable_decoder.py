@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from edgemed.errors import InvalidInput
 from edgemed.export.decoder_graph import build_decoder_graph
 from edgemed.export.graph_writer import GraphWriter, MatrixFormat, WeightFile
 from edgemed.export.portable_decoder import bf16_in_fp32, build_portable_decoder, portable_spec
-from edgemed.families.specs import decoder_spec
-from edgemed.graphs import DimRange, GraphSpec
+from edgemed.families.specs import TEXT, decoder_spec
+from edgemed.graphs import DimRange, GraphSpec, TensorSpec
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.moe import MoeLlama
 
@@ -80,8 +81,11 @@ def open_fused(case: str, model: Llama, folder: Path) -> Runner:
     return open_graph(graph, spec_of(case), folder / "fused.onnx")
 
 
-def feed(ids: list[int], past: int, logits_from: int) -> dict[str, np.ndarray]:
+def feed(ids: list[int], past: int, logits_from: int, *, portable: bool = True) -> dict[str, np.ndarray]:
+    """Feeds that ask for all logits of the positions from `logits_from` on."""
+    asked = {"text_at": np.arange(len(ids) - logits_from)} if portable else {}
     return {
+        **asked,
         "input_ids": np.array([ids], np.int64),
         "image_tokens": IMAGE,
         "past_length": np.array([past], np.int64),
@@ -115,7 +119,8 @@ def test_prefill_steps_chunks_and_roll_back_equal_torch_and_the_fused_graph(tmp_
     calls += [(25, 35, 3), (35, 36, 0)]  # rolled back
     calls += [(0, 48, 0), (0, 48, 47)]  # another prompt, no reset needed
     for start, end, kept in calls:
-        ours, theirs = (r.run(feed(IDS[start:end], start, kept)) for r in (runner, fused))
+        ours = runner.run(feed(IDS[start:end], start, kept))
+        theirs = fused.run(feed(IDS[start:end], start, kept, portable=False))
         assert set(ours) == set(theirs) == set(expected)
         for name, values in expected.items():
             wanted = values[:, start + kept : end]
@@ -155,9 +160,10 @@ def test_one_decoding_loop_gives_the_same_ids_over_both_graphs(tmp_path: Path) -
     tokens = BoxTokens(2, 3, 4, 5, 6, 7, 11, 100, (0, 1, *range(113, VOCABULARY)))
     grammar = BoxGrammar(tokens, VOCABULARY)
     options = DecodeOptions(eos_id=7, max_new_tokens=40, temperature=1.0, seed=3, cache=CACHE)
+    runners = [open_(model=model, case="native", folder=tmp_path) for open_ in (open_portable, open_fused)]
     both = [
-        decode(open_(model=model, case="native", folder=tmp_path), IDS[:12], {"image_tokens": IMAGE}, grammar, options)
-        for open_ in (open_portable, open_fused)
+        decode(runner, IDS[:12], {"image_tokens": IMAGE}, grammar, replace(options, split_head=split))
+        for runner, split in zip(runners, (True, False), strict=True)
     ]
     assert len(both[0].ids) > 10
     assert both[0].ids == both[1].ids
@@ -191,11 +197,24 @@ def test_weights_in_a_file_compute_the_same(tmp_path: Path) -> None:
     assert all(np.array_equal(outs[0][name], outs[1][name]) for name in outs[0])
 
 
-def test_only_the_cache_changes_its_type() -> None:
+def test_only_the_cache_changes_its_type_and_the_head_is_split() -> None:
     fused, ours = spec_of("native"), portable_spec(spec_of("native"), "fp16")
-    assert (ours.fed_inputs, ours.returned_outputs) == (fused.fed_inputs, fused.returned_outputs)
-    assert (ours.dims, ours.state) == (fused.dims, fused.state)
+    assert ours.fed_inputs == (*fused.fed_inputs, TensorSpec("text_at", "int64", (TEXT,)))
+    logits, *others = ours.returned_outputs
+    assert (logits.shape, others) == ((1, TEXT, VOCABULARY), list(fused.returned_outputs[1:]))
+    assert (ours.dims, ours.state) == ({**fused.dims, TEXT: DimRange(0, 1, CACHE)}, fused.state)
     assert {t.dtype for t in ours.inputs if t.name.startswith("past_k")} == {"float16"}
+    assert portable_spec(ours, "fp16") == ours
+
+
+def test_it_ends_in_the_hidden_state_where_no_logits_are_asked_for(tmp_path: Path) -> None:
+    model = make("grouped")
+    runner = open_portable("grouped", model, tmp_path)
+    expected = by_torch(model, IDS)
+    for places in ([], [3], [0, 5, 7]):
+        out = runner.run({**feed(IDS[:20], 0, 12), "text_at": np.array(places, np.int64)})
+        np.testing.assert_allclose(out["hidden"], expected["hidden"][:, 12:20], atol=1e-4)
+        np.testing.assert_allclose(out["logits"], expected["logits"][:, 12:20][:, places], atol=1e-4)
 
 
 def test_a_weight_that_fp16_does_not_hold_is_refused() -> None:

@@ -7,15 +7,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from reference_launcher import ReferenceLauncher
 
+from edgemed.backends import Outputs, Runner
 from edgemed.core import Prompt, Scan
 from edgemed.decoder_calls import PromptCache
 from edgemed.decoding import Decoded, DecodeOptions, decode
 from edgemed.dicom import read_scan
 from edgemed.drafts import PhraseDrafts
+from edgemed.export.head_matrix import head_matrix
 from edgemed.families.native_lexicon import STRUCTURES
+from edgemed.graphs import Feeds
 from edgemed.infer import Session, open_session
+from edgemed.kernel_head import KernelHead
 from edgemed.language import answer_language
+from edgemed.triton_kernels.weights import pack
 
 EN = ("Where is the {}?", "Segment the {}.", "Is the {} visible?", "Show me the {} and the liver.")
 ZH = ("{}在哪里？", "请分割{}", "能看到{}吗？", "{}和肝脏在哪里？")
@@ -51,10 +57,17 @@ class Decoding:
             {**self.prepared.projector, "image_features": features["image_features"]}
         )
 
-    def ask(self, text: str, plain: bool = False, prompts: PromptCache | None = None) -> Decoded:
+    def ask(
+        self, text: str, plain: bool = False, prompts: PromptCache | None = None, head: KernelHead | None = None
+    ) -> Decoded:
         """Return what is written, plainly or with every shortcut."""
         question = self.family.ask(Prompt(text, language=answer_language(text)), self.prepared, self.projected)
-        options = DecodeOptions(eos_id=question.eos_id, keep_hidden=question.keep_hidden)
+        options = DecodeOptions(
+            eos_id=question.eos_id,
+            keep_hidden=question.keep_hidden,
+            numbers=question.numbers,
+            split_head=head is not None,
+        )
         drafter = None if plain else question.drafter or PhraseDrafts([])
         return decode(
             self.runner,
@@ -64,6 +77,7 @@ class Decoding:
             options,
             drafter,
             prompts or self.prompts,
+            head,
         )
 
 
@@ -80,6 +94,41 @@ def test_three_hundred_questions_are_answered_the_same(nano: Session, sample_sca
             np.testing.assert_allclose(fast, slow, atol=0.1)  # round differently
         plain_calls, auto_calls = plain_calls + plain.decoder_calls, auto_calls + auto.decoder_calls
     assert plain_calls > 3.5 * auto_calls
+
+
+class Headless:
+    """nano's decoder as one that ends in the hidden state: what it is asked for is taken away from its logits."""
+
+    backend, device = "onnxruntime", "CPU"
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def run(self, feeds: Feeds) -> Outputs:
+        asked = {**feeds}
+        assert len(asked.pop("text_at")) == 0
+        out = self._runner.run(asked)
+        return {name: values for name, values in out.items() if name != "logits"}
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+def test_kernels_beside_the_decoder_write_the_same(nano: Session, sample_scan: str, form: str) -> None:
+    whole, ended = Decoding(nano, read_scan(sample_scan)), Decoding(nano, read_scan(sample_scan))
+    launcher = ReferenceLauncher()
+    head = KernelHead(launcher, pack(head_matrix(nano.bundle.graph_path("decoder")), form))
+    ended.runner = Headless(whole.runner)
+    as_from_logits = 0
+    questions = [*QUESTIONS[:: len(QUESTIONS) // 40], *WHOLE]
+    for text in questions:
+        logits = whole.ask(text)
+        plain, auto = (ended.ask(text, plain=plain, head=head) for plain in (True, False))
+        assert (auto.ids, auto.ended) == (plain.ids, plain.ended), text
+        assert auto.log_probs == pytest.approx(plain.log_probs, abs=0.05)
+        for found, expected in zip(auto.spreads, plain.spreads, strict=True):
+            assert found == (expected if expected is None else pytest.approx(expected, abs=0.5))
+        as_from_logits += auto.ids == logits.ids
+    assert as_from_logits >= 0.9 * len(questions)  # the graph rounds activations to 8 bits, the kernels do not
+    assert {name for name, _, _ in launcher.launched} == {f"box_head.{form}", f"masked_argmax.{form}"}
 
 
 def test_an_answer_is_the_same_bit_for_bit_whatever_was_asked_before(nano: Session, sample_scan: str) -> None:
