@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol, TypeVar
 
@@ -179,7 +179,7 @@ class BoxGrammar:
         elif state.place not in (Place.NAME, Place.NAMED):
             name, bins = (), ()
         named = state.named | {name} if state.place == Place.NAMED else state.named
-        return replace(after, name=name, bins=bins, named=named)
+        return BoxState(after.place, after.x0, after.y0, name, bins, named)
 
     def refuses(self, state: BoxState) -> bool:
         """Return True just after a name that stands for nothing in the image, or that was given before."""

@@ -12,12 +12,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgemed.backends import Outputs, Runner
 from edgemed.graphs import Feeds
+
+Rows = npt.NDArray[Any]
 
 IMAGE_RUN = 16
 """So many rows in a row are an image, after which a prompt is cut; a region has fewer."""
@@ -27,14 +30,26 @@ IMAGE_RUN = 16
 class PromptCache:
     """The pieces of the last prompt that a Runner's cache begins with, by digest. One for each Runner.
 
-    Whoever calls the Runner without it must `forget` first.
+    Whoever calls the Runner without it must `forget` first. rows: the array that `row_digests` are of, by the bytes of
+    the ids that name the rows: reading 285 kB of nano's rows for each question takes 0.3 ms. It is not to be changed.
     """
 
     digests: list[bytes] = field(default_factory=list)
+    rows: Rows | None = None
+    row_digests: dict[bytes, bytes] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Hold nothing: the next prompt is read from its first token."""
         self.digests.clear()
+
+    def digest_of(self, rows: Rows, places: npt.NDArray[np.int64]) -> bytes:
+        """Return a digest of some rows of an image, remembered as long as the same array is asked about."""
+        if rows is not self.rows:
+            self.rows, self.row_digests = rows, {}
+        named = places.tobytes()
+        if named not in self.row_digests:
+            self.row_digests[named] = hashlib.blake2b(rows[places].tobytes(), digest_size=32).digest()
+        return self.row_digests[named]
 
 
 class Calls:
@@ -97,7 +112,7 @@ class Calls:
         for bit, whatever was asked before. These calls are timed and not counted. vocabulary: the id of row 0 of
         `image_tokens`.
         """
-        rows = np.ascontiguousarray(self.fixed["image_tokens"])
+        rows = self.fixed["image_tokens"]
         ids = np.asarray(prompt_ids, np.int64)
         state, start, held, kept = hashlib.blake2b(digest_size=32), 0, 0, prompts.digests[:]
         prompts.forget()  # until a call that fails is over
@@ -105,7 +120,7 @@ class Calls:
         for end in _image_ends(ids >= vocabulary):
             piece = ids[start:end]
             state.update(piece.tobytes())
-            state.update(rows[piece[piece >= vocabulary] - vocabulary].tobytes())
+            state.update(prompts.digest_of(rows, piece[piece >= vocabulary] - vocabulary))
             digest = state.digest()
             same = same and kept[len(prompts.digests) : len(prompts.digests) + 1] == [digest]
             if same:

@@ -8,7 +8,7 @@ text (the family has the tokenizer), where drafts come from (`drafts`), or logit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic
 
 import numpy as np
@@ -21,7 +21,7 @@ from edgemed.drafts import Drafter, Guess
 from edgemed.errors import InvalidInput
 from edgemed.graphs import Feeds
 from edgemed.kernel_head import KernelHead
-from edgemed.token_choice import Logits, Mask, NextToken, Numbers
+from edgemed.token_choice import NO_NUMBERS, Logits, Mask, NextToken, Numbers
 
 Vector = npt.NDArray[np.float32]
 
@@ -36,7 +36,7 @@ class DecodeOptions:
     max_new_tokens: the longest answer. temperature: 0 is greedy; above 0 tokens are drawn, reproducibly for a `seed`.
     eos_id: ends the answer. keep_hidden: token ids whose hidden state is returned; None: every position's.
     cache: tokens the decoder's cache holds, prompt and answer together. router: keep what the routers said.
-    numbers: token id -> the number it writes (a coordinate's bin, a digit); for these `Decoded.spreads` is measured.
+    numbers: tokens that write a number (a coordinate's bin, a digit); for these `Decoded.spreads` is measured.
     split_head: the decoder computes logits where they are asked for. box_head: its `box_logits` are those of `numbers`.
     """
 
@@ -47,7 +47,7 @@ class DecodeOptions:
     keep_hidden: frozenset[int] | None = frozenset()
     cache: int = 1024
     router: bool = False
-    numbers: Mapping[int, float] = field(default_factory=dict)
+    numbers: Numbers = NO_NUMBERS
     split_head: bool = False
     box_head: bool = False
 
@@ -237,7 +237,7 @@ class _Walk(Generic[State]):
         self.ids: list[int] = []
         self.log_probs: list[float] = []
         self.spreads: list[float | None] = []
-        self.numbers = Numbers(options.numbers)
+        self.numbers = options.numbers
         self.end = 0  # how many ids there are where the grammar last allowed an end
         self.ended = False
         self.finished = False

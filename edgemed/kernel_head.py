@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgemed.backends.cuda_device import find_gpu
 from edgemed.errors import BackendUnavailable
-from edgemed.token_choice import Mask, NextToken, Numbers, spread_of
+from edgemed.token_choice import NO_NUMBERS, Mask, NextToken, Numbers, spread_of
 from edgemed.triton_kernels.box_head import BoxBest, LoadedRows, Rows, launch_box_head, load_rows
 from edgemed.triton_kernels.head_file import check_head, read_head
 from edgemed.triton_kernels.launch import CubinLauncher, target_for, targets_in
@@ -130,7 +130,7 @@ class _Chosen:
         assert temperature == 0
         if allowed is self.allowed or np.array_equal(allowed, self.allowed):
             return self.token, self.log_prob
-        again = self.head.rows(self.hidden[None], [allowed], Numbers({}))[0]
+        again = self.head.rows(self.hidden[None], [allowed], NO_NUMBERS)[0]
         assert again is not None
         return again.pick(allowed, temperature, rng)
 

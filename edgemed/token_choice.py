@@ -37,6 +37,10 @@ class Numbers:
         return bool(np.count_nonzero(allowed[self.ids]) == np.count_nonzero(allowed))
 
 
+NO_NUMBERS = Numbers({})
+"""Of a model that writes none."""
+
+
 class NextToken(Protocol):
     """How likely each token is after one position."""
 

@@ -28,6 +28,7 @@ from edgemed.core import Answer, Finding, Language, Prompt, Region, Scan
 from edgemed.drafts import Drafter
 from edgemed.errors import BundleError, EdgemedError, InvalidInput
 from edgemed.graphs import Feeds, GraphSpec
+from edgemed.token_choice import NO_NUMBERS, Numbers
 
 Array = npt.NDArray[Any]
 
@@ -57,7 +58,7 @@ class Question:
     keep_hidden: where one of these ids goes in, the decoder's hidden state is kept for the mask decoder; None: at every
     position. Without prompt ids nothing is decoded: the mask decoder alone answers. drafter: guesses at the answer,
     which make it faster and change nothing else. written_ids: the prompt as the family's own code writes it, where
-    that has other ids for images and regions. numbers: ids of coordinates -> the number each writes.
+    that has other ids for images and regions. numbers: the tokens of coordinates, and the number each writes.
     """
 
     prompt_ids: Sequence[int]
@@ -67,7 +68,7 @@ class Question:
     keep_hidden: frozenset[int] | None = frozenset()
     drafter: Drafter | None = None
     written_ids: Sequence[int] | None = None
-    numbers: Mapping[int, float] = field(default_factory=dict)
+    numbers: Numbers = NO_NUMBERS
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,6 +46,7 @@ from edgemed.families.text_box_sides import WrittenNumber, digits_of, sides_of, 
 from edgemed.geometry import box_of, check_region
 from edgemed.graphs import Feeds
 from edgemed.text_box_grammar import KnownPlace, TextBoxGrammar, TextBoxState, TextBoxTokens, text_bytes
+from edgemed.token_choice import Numbers
 
 COMPAT = ("reference", "corrected")
 """What the shown text is: as the published code shows it (tags gone, numbers left), or without numbers."""
@@ -121,9 +122,9 @@ class MedRega(PublishedFamily):
         return text_bytes(self._tokens.decode_verbatim, self._tokens.vocabulary, reserved)
 
     @cached_property
-    def _digits(self) -> dict[int, float]:
-        """Token id -> digit."""
-        return digits_of(self._texts)
+    def _digits(self) -> Numbers:
+        """The tokens of one digit."""
+        return Numbers(digits_of(self._texts))
 
     def lead_in(self, prompt: Prompt) -> Prompt | None:
         """Return the question for the regions that matter, if the chain of thought is on."""

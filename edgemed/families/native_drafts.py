@@ -47,11 +47,25 @@ class KnownPlace:
     asked: bool = False
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A structure that the question names and that is not there.
+
+    text, name: its name, and the ids of that within a place. begun: the model is likely to begin a place for it, which
+    the grammar then takes back.
+    """
+
+    text: str
+    name: Ids
+    plural: bool
+    begun: bool
+
+
 class NativeDrafts:
     """Drafts for one question.
 
     encode: text -> ids as they stand in an answer. places: what may be named, the likeliest first. extent: bins that
-    the image fills, (x, y). absent: what the question names and is not there: its name, and whether that is a plural.
+    the image fills, (x, y).
     """
 
     def __init__(
@@ -62,7 +76,7 @@ class NativeDrafts:
         question: str,
         places: Sequence[KnownPlace],
         extent: tuple[int, int],
-        absent: Sequence[tuple[str, bool]] = (),
+        absent: Sequence[Absent] = (),
     ) -> None:
         self._tokens = tokens
         self._encode = encode
@@ -71,25 +85,27 @@ class NativeDrafts:
         asked = [place.name for place in places if place.asked]
         others = [place.name for place in places if not place.asked]
         # What is not there is named, too, before the grammar refuses it.
-        self._names = (*asked, *(tuple(encode(name)) for name, _ in absent), *others)
+        self._names = (*asked, *(structure.name for structure in absent), *others)
         self._extent = extent
         self._stop = tuple(encode("。" if language == "zh" else "."))
         self._outlines = any(word in question.lower() for word in _OUTLINE)
         places_said = (self._where(corner, verb) for corner in _CORNERS for verb in (" is", " are"))
         zh = language == "zh"
         not_there = [
-            f"{name}在该图像中不可见。" if zh else f"The {name} {'are' if plural else 'is'} not visible in this image."
-            for name, plural in absent
+            f"{a.text}在该图像中不可见。"
+            if zh
+            else f"The {a.text} {'are' if a.plural else 'is'} not visible in this image."
+            for a in absent
         ]
         phrases = [self._encode(text) for text in (*not_there, *_BEGINNINGS[language], *places_said)]
         self._phrases = PhraseDrafts(phrases, most=10)
-        self._first = self._beginning(not_there, bool(asked))
+        self._first = self._beginning(not_there, bool(asked) or any(a.begun for a in absent[:1]))
         self._lists = self._encode(_BEGINNINGS[language][language == "en"])[:1]
         self._describes = self._encode(_BEGINNINGS[language][2 if language == "en" else 1])[:1]
 
-    def _beginning(self, not_there: Sequence[str], asked: bool) -> Sequence[int]:
-        """Return how the answer begins, where the question tells it."""
-        if asked:
+    def _beginning(self, not_there: Sequence[str], place: bool) -> Sequence[int]:
+        """Return how the answer begins, where the question tells it. place: with one."""
+        if place:
             return self._encode("The <ref>" if self._language == "en" else "<ref>")
         return self._encode(not_there[0]) if not_there else ()
 

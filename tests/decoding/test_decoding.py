@@ -15,6 +15,7 @@ from edgemed.box_grammar import BoxGrammar, BoxTokens, FreeGrammar
 from edgemed.decoding import Decoded, DecodeOptions, decode
 from edgemed.drafts import PhraseDrafts
 from edgemed.errors import InvalidInput
+from edgemed.token_choice import Numbers
 
 BOS, EOS, REF, REF_END, BOX, BOX_END, SEG, FIRST = range(8)
 BINS, VOCABULARY, WIDTH = 12, 30, 4
@@ -83,9 +84,9 @@ def noise(seed: int, scale: float = 3.0) -> FakeRunner:
     return FakeRunner(lambda seen: rng.normal(0, scale, VOCABULARY))
 
 
-def run(runner: FakeRunner, grammar=None, drafter=None, **options) -> Decoded:
+def run(runner: FakeRunner, grammar=None, drafter=None, numbers=None, **options) -> Decoded:
     runner.may_go_back = runner.may_go_back or drafter is not None
-    asked = DecodeOptions(eos_id=EOS, **options)
+    asked = DecodeOptions(eos_id=EOS, numbers=Numbers(numbers or {}), **options)
     return decode(runner, PROMPT, FIXED, grammar or FreeGrammar(VOCABULARY), asked, drafter)
 
 
