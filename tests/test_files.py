@@ -6,10 +6,11 @@ import hashlib
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from edgemed.errors import CannotRead, CannotWrite
+from edgemed.errors import CannotRead, CannotWrite, InvalidInput
 from edgemed.files import sha256_of, write_atomically
 
 
@@ -65,6 +66,7 @@ def test_mode_follows_the_umask_and_a_link_stays_a_link(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs /dev/null")
 def test_device_is_written_to_and_not_replaced() -> None:
     write_atomically("/dev/null", b"data")
+    write_atomically("/dev/null", lambda stream: stream.write(b"data"))
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
@@ -76,3 +78,28 @@ def test_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
 def test_digest_of_a_missing_file_is_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(CannotRead):
         sha256_of(tmp_path / "none")
+
+
+def test_what_is_written_in_pieces_takes_the_name_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(b"new")
+        assert path.read_bytes() == b"old"
+        assert len(list(tmp_path.iterdir())) == 2
+
+    write_atomically(path, write)
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("raised", "told"), [(InvalidInput, InvalidInput), (OSError, CannotWrite)])
+def test_what_fails_half_way_leaves_nothing(tmp_path: Path, raised: type[Exception], told: type[Exception]) -> None:
+    def write(stream: IO[bytes]) -> None:
+        stream.write(b"half")
+        raise raised
+
+    with pytest.raises(told):
+        write_atomically(tmp_path / "a", write)
+    assert list(tmp_path.iterdir()) == []

@@ -259,7 +259,7 @@ class SeriesOutputs:
                 print(f"wrote {file}", file=sys.stderr)
 
     def _keep(self, stem: str, run: SliceRun, summary: dict[str, Any]) -> Path:
-        from edgemed.report.streamed import write_streamed
+        from edgemed.files import write_atomically
 
         assert self.folder is not None
         file = self.folder / f"{stem}.series.jsonl"
@@ -269,7 +269,7 @@ class SeriesOutputs:
                 stream.write(_line(record).encode())
             stream.write(_line(summary).encode())
 
-        write_streamed(file, write)
+        write_atomically(file, write)
         return file
 
     def _draw(

@@ -15,10 +15,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgemed.files import Write
 from edgemed.report.dicom_object import WARNING, ResultOptions, library
 from edgemed.report.dicom_source import Group, Image
 from edgemed.report.findings import Finding
-from edgemed.report.streamed import Write
 from edgemed.report.style import PALETTE
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -16,10 +16,10 @@ from typing import IO, TYPE_CHECKING
 
 from edgemed.core import Language
 from edgemed.errors import CannotWrite, InvalidInput
+from edgemed.files import Write, write_atomically
 from edgemed.report.dicom_object import Made, ResultOptions, library, write_dicom
 from edgemed.report.dicom_source import Analysed, Group, read_groups
 from edgemed.report.findings import Finding, findings_of
-from edgemed.report.streamed import Write, write_streamed
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -84,7 +84,7 @@ def write_groups(
 
         def put(name: str, write: Write, stem: str = stem) -> None:
             path = folder / f"{stem}.{name}"
-            write_streamed(path, write)
+            write_atomically(path, write)
             written.append(path)
 
         _put_files(group, wanted, language, options, put)

@@ -1,51 +1,10 @@
-"""Files that are made as they are written: whole or not at all, and never in memory as a whole.
-
-`write_streamed` is `edgemed.files.write_atomically` for what is too large for that. `Parts` is what pydicom writes as
-pixels without holding them.
-"""
+"""`Parts`: what pydicom writes as pixels without holding them."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO
-
-from edgemed.errors import CannotWrite
-from edgemed.files import write_atomically
-
-Write = Callable[[IO[bytes]], object]
-"""Writes a file into a stream, which can seek."""
-
-
-def write_streamed(path: Path, write: Write) -> None:
-    """Call `write` with a file that takes the name `path` when it is complete; a reader sees the old one or the new.
-
-    What is not a regular file (a folder, a pipe) is left to `write_atomically`.
-
-    Raises CannotWrite if the system refuses, and what `write` raises; nothing half-written is left.
-    """
-    target = Path(os.path.realpath(path))
-    if (target.exists() and not target.is_file()) or not target.parent.is_dir():
-        held = io.BytesIO()
-        write(held)
-        write_atomically(path, held.getvalue())
-        return
-    temporary = target.parent / f".{os.urandom(8).hex()}.part"
-    try:
-        with open(temporary, "xb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise CannotWrite(f"cannot write {path}: {error.strerror or 'refused'}") from error
-        raise
 
 
 class Parts(io.BufferedIOBase):
