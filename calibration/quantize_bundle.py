@@ -22,7 +22,8 @@ from typing import Any, Literal, get_args
 import onnx
 
 from edgemed import __version__
-from edgemed.bundle import Bundle, graph_file, open_bundle, working_folder, write_bundle
+from edgemed.bundle import Bundle, graph_file, open_bundle, write_bundle
+from edgemed.bundle_folder import working_folder
 from edgemed.calibration import search
 from edgemed.calibration.dense import without_blocks
 from edgemed.calibration.equalize import equalized, sample_rows, to_equalize

@@ -19,15 +19,11 @@ the name of the newer one. To try another bundle, a user gives it another name.
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import os
 import re
 import shutil
 import stat
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,8 +31,19 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from edgemed import signing
-from edgemed.config import read_settings
-from edgemed.errors import BundleError, CannotRead, CannotWrite, EdgemedError, SignatureError
+from edgemed.bundle_folder import new_folder
+from edgemed.bundle_places import (
+    EMBEDDED,
+    folder_of,
+    is_shared,
+    made_shared,
+    refuse_writable,
+    same_folder,
+    shared_folder,
+    shared_target,
+    user_folder,
+)
+from edgemed.errors import BundleError, CannotRead, CannotWrite, SignatureError
 from edgemed.files import sha256_of, write_atomically
 from edgemed.graph_check import external_files
 from edgemed.graphs import GraphSpec
@@ -85,8 +92,6 @@ __all__ = [
     "user_folder",
     "write_bundle",
 ]
-
-_EMBEDDED = Path(__file__).with_name("bundles")
 
 
 def bundle_name(folder: Path) -> str:
@@ -155,10 +160,10 @@ def open_bundle(name_or_folder: str | Path, policy: Policy | None = None) -> Bun
     data = _manifest_bytes(folder)
     _check_signatures(folder, data, policy)
     manifest = from_bytes(data)
-    of_machine = _is_shared(folder)
+    of_machine = is_shared(folder)
     if of_machine:
         shared_folder()
-        _refuse_writable(folder, folder.stat())
+        refuse_writable(folder, folder.stat())
     sizes = dict(_files(folder, of_machine))
     if unknown := sorted(set(sizes) - set(manifest.files) - {MANIFEST, SIGNATURE}):
         raise BundleError(
@@ -181,14 +186,10 @@ def open_bundle(name_or_folder: str | Path, policy: Policy | None = None) -> Bun
     return bundle
 
 
-def _same(one: Path, other: Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
 def _check_signatures(folder: Path, manifest: bytes, policy: Policy | None) -> tuple[str, ...]:
     if policy is None:
         policy = read_policy()
-        if policy.require_signature and _same(Path(os.path.realpath(folder)).parent, _EMBEDDED):
+        if policy.require_signature and same_folder(Path(os.path.realpath(folder)).parent, EMBEDDED):
             policy = NO_POLICY
     if policy == NO_POLICY:
         return ()
@@ -252,63 +253,7 @@ def _files(folder: Path, closed: bool) -> Iterator[tuple[str, int]]:
             elif not stat.S_ISDIR(info.st_mode):
                 raise BundleError(f"{inside} is a link or a special file; a bundle holds plain files only")
             if closed:
-                _refuse_writable(path, info)
-
-
-def user_folder() -> Path:
-    """Return the folder of installed bundles: $EDGEMED_HOME/bundles, else the platform's place for user data."""
-    if home := os.environ.get("EDGEMED_HOME"):
-        return Path(home) / "bundles"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "edgemed" / "bundles"
-
-
-def _shared_setting() -> Path | None:
-    folder: Path | None = read_settings()["bundles.shared"].value
-    return folder
-
-
-def _is_shared(folder: Path) -> bool:
-    """Return whether a bundle lies in the folder of the machine's bundles."""
-    shared = _shared_setting()
-    return shared is not None and _same(folder.parent, shared)
-
-
-def shared_folder() -> Path | None:
-    """Return the folder of the machine's bundles (bundles.shared), None where it is not set or not there yet.
-
-    Raises CannotRead if it cannot be read, or others than its owner may write to it; what `read_settings` raises.
-    """
-    folder = _shared_setting()
-    if folder is None:
-        return None
-    try:
-        info = folder.stat()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CannotRead(f"cannot read {folder} (bundles.shared): {error.strerror or 'refused'}") from error
-    if not stat.S_ISDIR(info.st_mode) or not os.access(folder, os.R_OK | os.X_OK):
-        raise CannotRead(f"{folder} (bundles.shared) is no folder that this user may read; chmod 755 was expected")
-    _refuse_writable(folder, info)
-    return folder
-
-
-def _refuse_writable(path: Path, info: os.stat_result) -> None:
-    """Raise CannotRead where others than the owner may write; Windows has no such rights in the mode of a file."""
-    if os.name == "posix" and info.st_mode & 0o022:
-        raise CannotRead(f"{path} is of the machine's bundles and others may write to it; take that away (chmod go-w)")
-
-
-def _installed(name: str, *places: Path | None) -> Path | None:
-    """Return the folder of this name in the first place that has a bundle of it."""
-    found = (place / name for place in places if place is not None)
-    return next((folder for folder in found if os.path.isfile(folder / MANIFEST)), None)
+                refuse_writable(path, info)
 
 
 def find_bundle(name_or_folder: str | Path) -> Path:
@@ -318,11 +263,11 @@ def find_bundle(name_or_folder: str | Path) -> Path:
     """
     given, name = Path(name_or_folder), str(name_or_folder)
     named = BUNDLE_NAME.fullmatch(name) is not None
-    if named and (folder := _installed(name, _EMBEDDED) or _installed(name, shared_folder())):
+    if named and (folder := folder_of(name, EMBEDDED) or folder_of(name, shared_folder())):
         return folder
     if (given / MANIFEST).is_file():
         return given
-    if named and (folder := _installed(name, user_folder())):
+    if named and (folder := folder_of(name, user_folder())):
         return folder
     if is_checkpoint(given):
         raise BundleError(
@@ -361,7 +306,7 @@ def list_bundles() -> tuple[Listed, ...]:
     The first of a name counts. Raises CannotRead as `shared_folder` does.
     """
     found: dict[str, Listed] = {}
-    for place, parent in (("embedded", _EMBEDDED), ("shared", shared_folder()), ("user", user_folder())):
+    for place, parent in (("embedded", EMBEDDED), ("shared", shared_folder()), ("user", user_folder())):
         for folder in sorted(parent.iterdir()) if parent is not None and parent.is_dir() else ():
             if not os.path.isfile(folder / MANIFEST):
                 continue
@@ -390,46 +335,23 @@ def install_bundle(
     name = name or bundle.manifest.name
     if not BUNDLE_NAME.fullmatch(name):
         raise BundleError(f"the bundle's name is {name!r}; lower-case letters, digits, '.', '_', '-' were expected")
-    if (_EMBEDDED / name).exists():
+    if (EMBEDDED / name).exists():
         raise BundleError(f"{name} is the name of an embedded bundle; pass another name")
-    if not shared and _installed(name, shared_folder()):
+    if not shared and folder_of(name, shared_folder()):
         raise BundleError(f"{name} is the name of a bundle of the machine, which goes before; pass another name")
     if (replace or shared) and not force:
         refuse_downgrade(bundle.manifest, name)
     files = [*bundle.manifest.files, MANIFEST]
     if (bundle.path / SIGNATURE).is_file():
         files.append(SIGNATURE)
-    target = (_made_shared() if shared else user_folder()) / name
-    with _new_folder(target, replace) as folder:
+    target = (made_shared() if shared else user_folder()) / name
+    with new_folder(target, replace) as folder:
         for file in files:
             _put(folder / file, bundle.path / file)
         if shared:
             _open_to_readers(folder)
         copied = open_bundle(folder)  # what was copied, not what was there when the source was checked
     return Bundle(target, copied.manifest, copied.digest)
-
-
-def shared_target() -> Path:
-    """Return where the machine's bundles are to be. Raises EdgemedError (usage) where bundles.shared is not set."""
-    folder = _shared_setting()
-    if folder is None:
-        raise EdgemedError("bundles.shared is not set; name the folder of the machine's bundles in the configuration")
-    return folder
-
-
-def _made_shared() -> Path:
-    """Return the folder of the machine's bundles, made where it is missing: readable whatever the umask is."""
-    folder = shared_target()
-    try:
-        for part in [part for part in (folder, *folder.parents) if not os.path.lexists(part)][::-1]:
-            part.mkdir()
-            part.chmod(0o755)
-    except OSError as error:
-        raise CannotWrite(
-            f"cannot make {folder} (bundles.shared): {error.strerror or 'refused'}; who looks after the machine may"
-        ) from error
-    shared_folder()
-    return folder
 
 
 def _open_to_readers(folder: Path) -> None:
@@ -479,7 +401,7 @@ def sign_bundle(name_or_folder: str | Path, key: Ed25519PrivateKey, role: str) -
     write_atomically(
         path, signing.to_bytes([new, *(s for s in old if s.key != new.key)]), through=bundle.path.resolve().parent
     )
-    if _is_shared(bundle.path):
+    if is_shared(bundle.path):
         path.chmod(0o644)
     return bundle
 
@@ -490,10 +412,10 @@ def remove_bundle(name: str, *, shared: bool = False) -> None:
     Raises BundleError if there is none of this name or it is embedded, CannotWrite if the system refuses.
     """
     named = BUNDLE_NAME.fullmatch(name) is not None
-    of_machine = _installed(name, shared_folder()) if named else None
-    folder = of_machine if shared else _installed(name, user_folder()) if named else None
+    of_machine = folder_of(name, shared_folder()) if named else None
+    folder = of_machine if shared else folder_of(name, user_folder()) if named else None
     if folder is None:
-        if named and (_EMBEDDED / name).is_dir():
+        if named and (EMBEDDED / name).is_dir():
             raise BundleError(f"{name} is embedded and cannot be removed")
         hint = "; there is one of the machine, which --shared removes" if of_machine else ""
         raise BundleError(f"there is no bundle {name!r}{' of the machine' if shared else hint}")
@@ -528,7 +450,7 @@ def write_bundle(
     """
     for file in files:
         check_file_name(file)
-    with _new_folder(Path(folder), replace) as new:
+    with new_folder(Path(folder), replace) as new:
         for file, content in files.items():
             _put(new / file, content, move=move)
         manifest = Manifest(
@@ -555,114 +477,3 @@ def _put(target: Path, content: bytes | Path, *, move: bool = False) -> None:
         shutil.move(content, target)
     else:
         shutil.copyfile(content, target)
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path, replace: bool) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name at the end; on an error nothing is left of it.
-
-    What is replaced stays until the new folder has its name, and is on the disk: it is there again if the power fails.
-    """
-    target = Path(os.path.abspath(target))
-    _sweep(target)
-    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if taken and not (replace and (target / MANIFEST).is_file()):
-        hint = "it holds something that is not a bundle" if replace else "it exists already"
-        raise CannotWrite(f"cannot write a bundle to {target}: {hint}; choose another folder")
-    with contextlib.ExitStack() as stack:
-        try:
-            temporary = _part_of(target, stack)
-            new, old = temporary / "new", temporary / "old"
-            new.mkdir()
-            yield new
-            if target.exists():
-                _sync(new)
-                if _exchanged(new, target):
-                    return
-                os.replace(target, old)
-            try:
-                os.replace(new, target)
-            except OSError:
-                if old.exists():
-                    os.replace(old, target)
-                raise
-        except OSError as error:
-            raise CannotWrite(f"cannot write the bundle {target}: {error.strerror or 'refused'}") from error
-
-
-@contextlib.contextmanager
-def working_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder on the disk of `target`, for what `write_bundle` takes; it is gone at the end.
-
-    If the process is killed, the next `write_bundle` to `target` removes it. Raises OSError.
-    """
-    target = Path(os.path.abspath(target))
-    with contextlib.ExitStack() as stack:
-        yield _part_of(target, stack)
-
-
-def _part_of(target: Path, stack: contextlib.ExitStack) -> Path:
-    """Return a new folder beside `target` that `_sweep` leaves alone until the stack is unwound, and that goes then."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    stack.callback(_clear, temporary, target)
-    with contextlib.suppress(OSError):  # a share without locks
-        stack.callback(os.close, _locked(temporary))
-    return temporary
-
-
-def _clear(temporary: Path, target: Path) -> None:
-    """Remove a folder of `_new_folder`, unless it holds the bundle that was `target` and nothing has that name now."""
-    if target.exists() or not (temporary / "old").exists():
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sweep(target: Path) -> None:
-    """Remove what runs that were killed left beside `target`; a bundle that lost its name to one gets it back."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.{'[!.]' * 8}.part"):  # as mkdtemp names them
-        with contextlib.suppress(OSError):  # BlockingIOError: of a run that goes on
-            descriptor = _locked(left)
-            try:
-                if not target.exists() and (left / "old" / MANIFEST).is_file():
-                    os.replace(left / "old", target)
-                _clear(left, target)
-            finally:
-                os.close(descriptor)
-
-
-def _locked(folder: Path) -> int:
-    """Return a descriptor that keeps others' `_sweep` away from a folder while it is open. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)  # Windows refuses this, and so nothing is swept there
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder and all below it to the disk."""
-    for root, _, files in os.walk(folder) if os.name == "posix" else ():
-        for name in (*files, "."):
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step; False where the system cannot (other than Linux, some shares)."""
-    if sys.platform != "linux":
-        return False
-    import ctypes
-
-    try:
-        exchange = ctypes.CDLL(None).renameat2
-    except AttributeError:  # a libc before 2018
-        return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: renameat2(2)
-    return bool(exchange(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)

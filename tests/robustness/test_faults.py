@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from edgemed import bundle
+from edgemed import bundle_folder
+from edgemed.bundle import open_bundle
 from edgemed.errors import CannotWrite
 
 pytest.importorskip("pynetdicom", reason="pynetdicom is not installed (extra: edgemed[serve])")
@@ -72,7 +73,7 @@ def test_where_names_cannot_be_exchanged_the_old_bundle_gets_its_name_back(
             raise OSError(5, "Input/output error")
         real(*names)
 
-    monkeypatch.setattr(bundle, "_exchanged", lambda one, other: False)
+    monkeypatch.setattr(bundle_folder, "_exchanged", lambda one, other: False)
     with monkeypatch.context() as broken:
         broken.setattr(os, "replace", only_once)
         with pytest.raises(CannotWrite, match="Input/output error"):
@@ -80,7 +81,7 @@ def test_where_names_cannot_be_exchanged_the_old_bundle_gets_its_name_back(
     assert len(calls) == 3 and not (tmp_path / "tiny").exists()
     with pytest.raises(CannotWrite, match="exists already"):  # the next run finds it
         loops.write_tiny(tmp_path / "tiny", "3")
-    assert bundle.open_bundle(tmp_path / "tiny").manifest.version == (1,)
+    assert open_bundle(tmp_path / "tiny").manifest.version == (1,)
     loops.write_tiny(tmp_path / "tiny", "2", replace=True)
-    assert bundle.open_bundle(tmp_path / "tiny").manifest.version == (2,)
+    assert open_bundle(tmp_path / "tiny").manifest.version == (2,)
     assert sorted(os.listdir(tmp_path)) == [".tiny.v2.abcdefgh.part", "tiny"] and others.exists()
