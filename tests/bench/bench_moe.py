@@ -25,7 +25,6 @@ import datetime
 import mmap
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,12 +39,13 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
+from machine import processor
 from onnx import TensorProto, helper
 
 from edgemed.backends import open_runner
 from edgemed.backends.onnxruntime_runner import physical_cores
 from edgemed.blocks import as_float32, pack_rows, unpack_rows
-from edgemed.export.decoder_graph import _Builder
+from edgemed.export.decoder_graph import DecoderBuilder
 from edgemed.export.graph_writer import FUSED, GraphWriter, MatrixFormat, WeightFile
 from edgemed.families.specs import decoder_spec
 from edgemed.graphs import DimRange, Feeds, GraphSpec, TensorSpec
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--repeat", type=int, default=15)
     options = parser.parse_args()
-    machine = f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    machine = f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{datetime.date.today()}, {machine}, onnxruntime {onnxruntime.__version__}, {options.threads} threads\n")
     torch.set_num_threads(options.threads)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -231,7 +231,7 @@ PORTABLE = ("dense", "rows", "if-expert", "if-all", "if-token", "mask", "gather"
 PORTABLE_BLOCK = 128
 
 
-class Forms(_Builder):
+class Forms(DecoderBuilder):
     """A decoder's builder that gives the experts another form than the shipped one ("rows"); "dense" has one expert.
 
     half: every matrix in fp16 and only operators of the ONNX standard, the router in fp32.
@@ -248,13 +248,13 @@ class Forms(_Builder):
 
     def mlp(self, x: str) -> str:
         """Add layer 0's MLP alone and return its output."""
-        return self._swiglu(x, MLP + "experts.0.") if self.form == "dense" else self._mixture(x, MLP, 0)
+        return self.swiglu(x, MLP + "experts.0.") if self.form == "dense" else self._mixture(x, MLP, 0)
 
     def _mixture(self, x: str, p: str, i: int) -> str:
         if self.form == "rows" and not self.half:
             return super()._mixture(x, p, i)
         logits, probabilities, best = self._route(x, p)
-        self.routed.append(probabilities if i == self.config.layers - 1 else self._kept(probabilities, p + "kept"))
+        self.routed.append(probabilities if i == self.config.layers - 1 else self.kept(probabilities, p + "kept"))
         if self.form == "fused":
             return self._fused(x, logits, best, p)
         chosen = self.node("ArgMax", [probabilities], p + "chosen", axis=-1, keepdims=0)  # [1, tokens]
@@ -286,7 +286,7 @@ class Forms(_Builder):
             places.append(place)
 
             def own(e: int = e, place: str = place) -> str:
-                return self._swiglu(self.node("GatherND", [rows, place], f"{p}own.{e}"), f"{p}experts.{e}.")
+                return self.swiglu(self.node("GatherND", [rows, place], f"{p}own.{e}"), f"{p}experts.{e}.")
 
             def none(e: int = e) -> str:
                 nothing = np.zeros((0, self.config.width), np.float16 if self.half else np.float32)
@@ -307,7 +307,7 @@ class Forms(_Builder):
             expert = self.node("Squeeze", [of_row], p + "one_expert")
             second = self.node("Cast", [expert], p + "second", to=TensorProto.BOOL)
             return self._if(
-                second, lambda: self._swiglu(rows, p + "experts.1."), lambda: self._swiglu(rows, p + "experts.0.")
+                second, lambda: self.swiglu(rows, p + "experts.1."), lambda: self.swiglu(rows, p + "experts.0.")
             )
 
         if self.half:
@@ -325,7 +325,7 @@ class Forms(_Builder):
             parts.append(
                 self._if(
                     self._any(mine),
-                    lambda e=e: self._swiglu(rows, f"{p}experts.{e}."),
+                    lambda e=e: self.swiglu(rows, f"{p}experts.{e}."),
                     lambda name=skipped: self.node("Identity", [rows], name),
                 )
             )
@@ -336,7 +336,7 @@ class Forms(_Builder):
         """Both experts compute every row; a Where keeps the right one."""
         second = self.node("Cast", [of_row], p + "second", to=TensorProto.BOOL)
         choose = self.node("Unsqueeze", [second, self.constant("last_axis", np.array([-1]))], p + "choose")
-        both = [self._swiglu(rows, f"{p}experts.{e}.") for e in (1, 0)]
+        both = [self.swiglu(rows, f"{p}experts.{e}.") for e in (1, 0)]
         return self.node("Where", [choose, *both], p + "merged")
 
     def _gathered(self, rows: str, of_row: str, p: str) -> str:
@@ -413,9 +413,9 @@ class Forms(_Builder):
             self.writer.nodes = outer
         return self.node("If", [condition], condition + ".if", **branches)
 
-    def _swiglu(self, x: str, p: str) -> str:
+    def swiglu(self, x: str, p: str) -> str:
         if not self.half:
-            return super()._swiglu(x, p)
+            return super().swiglu(x, p)
         c = self.config
         product = self._half_linear(x, p + "gate_up", 2 * c.inner, c.width)
         return self._half_linear(self._gated(product, p), p + "down", c.width, c.inner)
@@ -579,14 +579,6 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     processor, start = time.process_time(), time.perf_counter()
     work()
     return time.perf_counter() - start, time.process_time() - processor
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from bench_infer import resident_mib
+from machine import processor
 
 PROMPT = "Segment the liver and the spleen."
 LABELS = {"liver": 5, "spleen": 1}
@@ -198,15 +199,6 @@ def print_growth(kinds: Sequence[str], counts: Sequence[int]) -> None:
             each = [(points[-1][i] - points[0][i]) / more for i in (0, 1)]
             mib = " | ".join(f"{p[0]:.0f}" for p in points)
             print(f"| {kind} | {mib} | {each[0] * 1024:.0f} | {each[1] * 1000:.0f} |", flush=True)
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:
