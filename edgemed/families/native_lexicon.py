@@ -1,6 +1,6 @@
 """What the native family can name in English and Chinese: structures, modalities, body parts; and what it must refuse.
 
-Covers the names, and words for where a box lies; how a question or an answer is worded is in `training/tasks`. The
+Covers the names, and words for where a box lies; how a question or an answer is worded is in `training`. The
 order of STRUCTURES, MODALITIES and BODY_PARTS is the index used in the graphs and in checkpoints: append, never
 reorder. GROUPS and UNKNOWN_NAMES carry no index.
 """

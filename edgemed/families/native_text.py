@@ -1,7 +1,7 @@
 """The text of the native family: prompt to token ids, token ids to tagged text, tagged text to places.
 
 Covers the special tokens, the normal form of a prompt, encoding, decoding and parsing. Does not cover which token may
-follow which (`box_grammar`), what the numbers of a box mean in pixels (`geometry`), or the wording (`training/tasks`).
+follow which (`box_grammar`), what the numbers of a box mean in pixels (`geometry`), or the wording (`training`).
 
 A sequence is
 

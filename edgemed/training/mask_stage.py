@@ -27,12 +27,13 @@ from edgemed.models.mask_decoder import MaskDecoder
 from edgemed.models.projector import Projector
 from edgemed.models.structure_head import StructureHead
 from edgemed.models.tiny_vit import SIDE
+from edgemed.training.answers import say_place
 from edgemed.training.device import ALONE, Processes
 from edgemed.training.language_stage import collate, embed_batch, pack
 from edgemed.training.loop import Log, Loop
 from edgemed.training.prepare import FeatureCache
 from edgemed.training.scenes import Scene, inner_point, jitter_box
-from edgemed.training.tasks import Turn, say_place
+from edgemed.training.tasks import Turn
 
 POINTS = 1
 SMALLEST = 40

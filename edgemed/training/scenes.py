@@ -22,9 +22,9 @@ from edgemed.families.native_regions import POINT_SIDE, box_map, mask_map, point
 from edgemed.geometry import BINS, box_iou, box_of, box_to_bins
 from edgemed.models.projector import PROPOSALS, Projector, Proposals, in_order, pool_pictures, pool_regions
 from edgemed.models.tiny_vit import SIDE
+from edgemed.training.facts import ImageFacts, RegionFact
 from edgemed.training.loop import Log
 from edgemed.training.prepare import FeatureCache
-from edgemed.training.tasks import ImageFacts, RegionFact
 
 Bins = tuple[int, int, int, int]
 REGIONS = 5

@@ -1,7 +1,7 @@
 """Questions and answers about one image, in English and Chinese, made from what is known to be in it.
 
-Covers the wording: many ways to ask, few fixed ways to answer, so that a small model learns when to say what and is
-certain how. Does not cover images, features or tokens.
+Covers which question is asked about which image, and what answers it. Does not cover the wording (`questions`,
+`answers`), images, features or tokens.
 
 Kinds of turns (`Turn.task`):
 
@@ -19,75 +19,40 @@ Kinds of turns (`Turn.task`):
     two           two of the above in one question
     about         greeting, who are you
     outside       anything else
-
-Places in words ("upper left") are of the image as it is shown, never the patient's sides.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
 import numpy as np
 
 from edgemed.core import Language, RegionKind
 from edgemed.families.native_lexicon import (
     BODY_PARTS,
-    EN_PLURAL,
     GROUPS,
     MODALITIES,
     STRUCTURES,
     UNKNOWN_NAMES,
     Group,
     Term,
-    position,
 )
-from edgemed.families.native_text import Bins, tag
-from edgemed.geometry import BINS
-
-LIST_LENGTH = 10
-"""Most structures in the answer to "list what is visible"."""
-DESCRIBE_LENGTH = 4
-"""Most structures in a description."""
-
-
-MARKED_REGION: Mapping[Language, str] = {"en": "marked region", "zh": "标记区域"}
-"""What a region without a known name is called where it is outlined."""
-
-
-@dataclass(frozen=True)
-class RegionFact:
-    """A region of the prompt. structure: index, or None for background or something unknown; target_bins: its box."""
-
-    kind: RegionKind
-    structure: int | None
-    box_bins: Bins
-    target_bins: Bins | None
-
-    def __post_init__(self) -> None:
-        if (self.structure is None) != (self.target_bins is None):
-            raise ValueError("a region has a structure and its box, or neither")
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What is known of one image. A structure in neither `visible` nor `absent` is not asked about.
-
-    visible: structure -> box as coordinate bins 0..999 (x0, y0, x1, y1). absent: certainly not visible.
-    extent: bins across and down that the image covers of the model's square; the rest is padding.
-    """
-
-    modality: int | None
-    body_part: int | None
-    visible: Mapping[int, Bins]
-    absent: tuple[int, ...] = ()
-    regions: tuple[RegionFact, ...] = ()
-    extent: tuple[int, int] = (BINS, BINS)
+from edgemed.training.answers import (
+    SENTENCES,
+    by_size,
+    joined,
+    say_description,
+    say_image,
+    say_list,
+    say_outline,
+    say_place,
+    say_region,
+    say_region_outline,
+)
+from edgemed.training.facts import ImageFacts, RegionFact
+from edgemed.training.questions import around, templates
 
 
 @dataclass(frozen=True)
@@ -101,177 +66,7 @@ class Turn:
     task: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-_MODALITY_EN = (
-    "a CT image",
-    "an MR image",
-    "an X-ray image",
-    "an ultrasound image",
-    "a fundus photograph",
-    "a dermoscopy image",
-    "an endoscopy image",
-    "a histopathology image",
-    "a blood smear microscopy image",
-)
-_ARTICLE_EN = {"blood": "blood", "breast_tissue": "breast tissue", "limb": "a limb"}
-
-SENTENCES: dict[str, dict[Language, str]] = {
-    "unknown": {
-        "en": "That structure is not among those that this model knows.",
-        "zh": "该结构不在本模型认识的结构之列。",
-    },
-    "none": {
-        "en": "None of the structures that this model knows is visible in this image.",
-        "zh": "该图像中未见本模型认识的结构。",
-    },
-    "no_region": {"en": "No region was given with the question.", "zh": "问题中没有给出区域。"},
-    "other_region": {
-        "en": "This region is not one of the structures that this model knows.",
-        "zh": "该区域不是本模型认识的结构。",
-    },
-    "judge": {
-        "en": "This demonstration model can find and outline structures, but it cannot judge normality or make "
-        "a diagnosis.",
-        "zh": "本演示模型可以定位和勾画结构，但不能判断是否正常，也不能作出诊断。",
-    },
-    "about": {
-        "en": "This is a demonstration model that finds, names and outlines structures in medical images. "
-        "It is not for diagnosis.",
-        "zh": "这是一个演示模型，可以在医学图像中定位、识别和勾画结构，不能用于诊断。",
-    },
-    "outside": {
-        "en": "This demonstration model can only find, name and outline structures in medical images.",
-        "zh": "本演示模型只能在医学图像中定位、识别和勾画结构。",
-    },
-}
-"""The answers that hold no place and no name."""
-
-
-def _name(structure: int, language: Language) -> str:
-    term = STRUCTURES[structure]
-    return (term.en if language == "en" else term.zh)[0]
-
-
-def _are(structure: int) -> str:
-    return "are" if STRUCTURES[structure].key in EN_PLURAL else "is"
-
-
-def say_place(structure: int, facts: ImageFacts, language: Language) -> str:
-    """Return the sentence that answers "where is it": its place, or that it is not visible."""
-    if structure not in facts.visible:
-        if language == "zh":
-            return f"{_name(structure, 'zh')}在该图像中不可见。"
-        return f"The {_name(structure, 'en')} {_are(structure)} not visible in this image."
-    bins = facts.visible[structure]
-    place, where = tag(_name(structure, language), bins), position(bins, language, facts.extent)
-    if language == "zh":
-        return f"{place}位于图像{where}。"
-    return f"The {place} {_are(structure)} in the {where} part of the image."
-
-
-def say_outline(structure: int, facts: ImageFacts, language: Language) -> str:
-    """Return the sentence that answers "segment it"."""
-    if structure not in facts.visible:
-        return say_place(structure, facts, language)
-    place = tag(_name(structure, language), facts.visible[structure])
-    return f"{place}已勾画。" if language == "zh" else f"The {place} {_are(structure)} outlined."
-
-
-def say_image(facts: ImageFacts, language: Language) -> str:
-    """Return the sentence with modality and body part, as far as they are known; "" if neither is."""
-    part = None if facts.body_part is None else BODY_PARTS[facts.body_part]
-    if language == "zh":
-        where = "" if part is None else part.zh[0]
-        if facts.modality is None:
-            return f"图像部位是{where}。" if where else ""
-        return f"这是一幅{MODALITIES[facts.modality].zh[0]}图像{'，部位是' + where if where else ''}。"
-    where = "" if part is None else _ARTICLE_EN.get(part.key, f"the {part.en[0]}")
-    if facts.modality is None:
-        return f"This image shows {where}." if where else ""
-    return f"This is {_MODALITY_EN[facts.modality]}{' of ' + where if where else ''}."
-
-
-def by_size(visible: Mapping[int, Bins]) -> list[int]:
-    """Return the visible structures, largest box first, ties in index order."""
-    return sorted(visible, key=lambda s: (-(visible[s][2] - visible[s][0]) * (visible[s][3] - visible[s][1]), s))
-
-
-def say_list(facts: ImageFacts, language: Language) -> str:
-    """Return the answer to "list the visible structures": at most LIST_LENGTH, largest box first."""
-    places = [tag(_name(s, language), facts.visible[s]) for s in by_size(facts.visible)[:LIST_LENGTH]]
-    if not places:
-        return SENTENCES["none"][language]
-    return f"可见结构：{'、'.join(places)}。" if language == "zh" else f"Visible structures: {', '.join(places)}."
-
-
-def say_region(region: RegionFact, language: Language) -> str:
-    """Return the answer to "what is in this region"."""
-    if region.structure is None or region.target_bins is None:
-        return SENTENCES["other_region"][language]
-    place = tag(_name(region.structure, language), region.target_bins)
-    return f"该区域是{place}。" if language == "zh" else f"This region shows the {place}."
-
-
-def say_region_outline(region: RegionFact, language: Language) -> str:
-    """Return the answer to "segment this region". What has no name is outlined too: the user pointed at it."""
-    if region.structure is None or region.target_bins is None:
-        place = tag(MARKED_REGION[language], region.box_bins)
-        return (
-            f"{place}已勾画，但不是本模型认识的结构。"
-            if language == "zh"
-            else (f"The {place} is outlined; it is not a structure that this model knows.")
-        )
-    place = tag(_name(region.structure, language), region.target_bins)
-    return f"{place}已勾画。" if language == "zh" else f"The {place} {_are(region.structure)} outlined."
-
-
-def say_description(facts: ImageFacts, language: Language) -> str:
-    """Return modality and body part, then the places of the DESCRIBE_LENGTH largest structures."""
-    sentences = [say_place(s, facts, language) for s in by_size(facts.visible)[:DESCRIBE_LENGTH]]
-    return _join([say_image(facts, language), *(sentences or [SENTENCES["none"][language]])], language)
-
-
-def _join(sentences: Sequence[str], language: Language) -> str:
-    return ("" if language == "zh" else " ").join(s for s in sentences if s)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
-
-Templates = dict[str, dict[str, tuple[str, ...]]]
-
-
-@cache
-def _questions() -> dict[str, Any]:
-    return tomllib.loads(files("edgemed.training").joinpath("questions.toml").read_text(encoding="utf-8"))
-
-
-@cache
-def templates(language: Language) -> Templates:
-    """Return task -> "do" (an order, may be made polite) or "ask" (as it stands) -> templates, from questions.toml."""
-    return {task: {kind: tuple(v) for kind, v in kinds.items()} for task, kinds in _questions()[language].items()}
-
-
-@cache
-def around(language: Language) -> dict[str, tuple[str, ...]]:
-    """Return what may stand around a question, and the words for image and region, from questions.toml."""
-    return {name: tuple(v) for name, v in _questions()["around"][language].items()}
-
-
-@cache
-def tokenizer_words() -> dict[str, tuple[str, ...]]:
-    """Return the words the tokenizer learns beside turns: whole_zh, general_en (words), general_zh (characters)."""
-    words = _questions()["words"]
-    return {
-        "whole_zh": tuple(words["whole_zh"]),
-        "general_en": tuple(words["general_en"].split()),
-        "general_zh": tuple("".join(words["general_zh"].split())),
-    }
-
-
-_SYLLABLES = (
+_SYLLABLES = [
     "ba",
     "cor",
     "del",
@@ -305,7 +100,7 @@ _SYLLABLES = (
     "oid",
     "ula",
     "ium",
-)
+]
 _ZH_BITS = tuple("海马甲状子宫卵巢睾丸阑尾食管气喉咽舌牙腮颌颅骨小桥延丘垂体松果额颞枕视黄斑晶角膜内耳鼻颈锁胸乳膝踝腕")
 _GENERIC_TUMOUR: dict[Language, tuple[str, ...]] = {
     "en": ("a tumour", "a tumor", "the tumour", "the tumor", "tumor"),
@@ -488,7 +283,7 @@ class _Writer:
             return None
         x, are, structures = target
         prompt = self.question(task, language, x, are)
-        return prompt, lambda answer: _join([say(s, self.facts, answer) for s in structures], answer), ()
+        return prompt, lambda answer: joined([say(s, self.facts, answer) for s in structures], answer), ()
 
     def where(self, language: Language) -> _Draft | None:
         return self.find("where", say_place, language)
@@ -506,7 +301,7 @@ class _Writer:
             sentences = [say_place(s, self.facts, answer) for s in structures]
             if len(structures) == 1:
                 return yes_or_no(structures[0] in self.facts.visible, sentences[0], answer)
-            return _join(sentences, answer)
+            return joined(sentences, answer)
 
         return self.question("visible", language, x, are), say, ()
 
@@ -528,7 +323,7 @@ class _Writer:
 
         def say(answer: Language) -> str:
             unknown = SENTENCES["unknown"][answer]
-            return _join([unknown if s is None else say_place(s, self.facts, answer) for s in structures], answer)
+            return joined([unknown if s is None else say_place(s, self.facts, answer) for s in structures], answer)
 
         return prompt, say, ()
 
@@ -578,7 +373,7 @@ class _Writer:
             word, at = self.region_word(region.kind, language)
             prompt = self.question("region", language, region=word, at=at)
         regions = [self.facts.regions[i] for i in indices]
-        return prompt, lambda answer: _join([say_region(r, answer) for r in regions], answer), indices
+        return prompt, lambda answer: joined([say_region(r, answer) for r in regions], answer), indices
 
     def segment_region(self, language: Language) -> _Draft | None:
         chosen = self.any_region()
@@ -632,7 +427,7 @@ class _Writer:
         prompt = self.question("judge_of", language, x, are)
 
         def say(answer: Language) -> str:
-            return _join([say_place(structure, self.facts, answer), SENTENCES["judge"][answer]], answer)
+            return joined([say_place(structure, self.facts, answer), SENTENCES["judge"][answer]], answer)
 
         return prompt, say, ()
 
@@ -649,7 +444,7 @@ class _Writer:
             + self.pick(around(language)["between"])
             + (two[0][:1].lower() + two[0][1:] if self.chance(0.7) else two[0])
         )
-        return prompt, lambda answer: _join([one[1](answer), two[1](answer)], answer), ()
+        return prompt, lambda answer: joined([one[1](answer), two[1](answer)], answer), ()
 
     def about(self, language: Language) -> _Draft | None:
         return self.question("about", language), SENTENCES["about"].__getitem__, ()

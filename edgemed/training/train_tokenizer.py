@@ -23,15 +23,10 @@ import numpy as np
 from edgemed.core import Language, RegionKind
 from edgemed.families.native_lexicon import BODY_PARTS, GROUPS, MODALITIES, STRUCTURES, UNKNOWN_NAMES, Group, Term
 from edgemed.families.native_text import SPECIAL_TOKENS, STRUCTURE_TOKENS, SUFFIX, Bins, normal_form
-from edgemed.training.tasks import (
-    SENTENCES,
-    ImageFacts,
-    RegionFact,
-    around,
-    make_turns,
-    templates,
-    tokenizer_words,
-)
+from edgemed.training.answers import SENTENCES
+from edgemed.training.facts import ImageFacts, RegionFact
+from edgemed.training.questions import around, templates, tokenizer_words
+from edgemed.training.tasks import make_turns
 
 VOCABULARY = 3968
 """Entries with the 1,011 special tokens and the 256 bytes."""

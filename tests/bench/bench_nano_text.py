@@ -28,7 +28,8 @@ from edgemed.families.native_text import NativeText
 from edgemed.families.native_view import model_view
 from edgemed.geometry import BINS, box_of, box_to_bins
 from edgemed.graphs import Feeds
-from edgemed.training.tasks import ImageFacts, say_image, say_list, say_place
+from edgemed.training.answers import say_image, say_list, say_place
+from edgemed.training.facts import ImageFacts
 
 SIDE = 256
 LIST: dict[Language, str] = {"en": "List the visible structures.", "zh": "请列出可见的结构。"}

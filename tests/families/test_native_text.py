@@ -23,7 +23,8 @@ from edgemed.families.native_text import (
     structure_names,
     tag,
 )
-from edgemed.training.tasks import ImageFacts, RegionFact, make_turns
+from edgemed.training.facts import ImageFacts, RegionFact
+from edgemed.training.tasks import make_turns
 from edgemed.training.train_tokenizer import build
 
 FACTS = ImageFacts(

@@ -12,6 +12,7 @@ import torch
 from edgemed.families.native_text import NativeText, tag
 from edgemed.models.llama import Llama, LlamaConfig
 from edgemed.models.projector import FIRST_PROPOSAL, PROPOSALS, ROWS, Projector
+from edgemed.training.facts import ImageFacts, RegionFact
 from edgemed.training.language_stage import (
     IGNORED,
     TAP,
@@ -24,7 +25,7 @@ from edgemed.training.language_stage import (
 )
 from edgemed.training.scenes import Scene
 from edgemed.training.slices import INDEX
-from edgemed.training.tasks import ImageFacts, RegionFact, Turn
+from edgemed.training.tasks import Turn
 
 LIVER = INDEX["liver"]
 BOX = (100, 200, 300, 400)

@@ -11,6 +11,7 @@ import pytest
 from edgemed.families.native_lexicon import STRUCTURES
 from edgemed.geometry import box_of
 from edgemed.models.projector import PROPOSALS, Projector
+from edgemed.training.facts import ImageFacts, RegionFact
 from edgemed.training.prepare import FeatureCache
 from edgemed.training.scenes import (
     Scene,
@@ -24,7 +25,6 @@ from edgemed.training.scenes import (
     point_box,
 )
 from edgemed.training.slices import INDEX
-from edgemed.training.tasks import ImageFacts, RegionFact
 
 
 @pytest.fixture(scope="module")

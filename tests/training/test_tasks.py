@@ -7,28 +7,21 @@ import numpy as np
 import pytest
 
 from edgemed.core import Language
-from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES, structure_of
+from edgemed.families.native_lexicon import BODY_PARTS, MODALITIES, STRUCTURES, position, structure_of
 from edgemed.families.native_text import Bins, Place, normal_form, parse, plain
 from edgemed.language import language_of
-from edgemed.training.tasks import (
+from edgemed.training.answers import (
     DESCRIBE_LENGTH,
     LIST_LENGTH,
     MARKED_REGION,
     SENTENCES,
-    TASKS,
-    ImageFacts,
-    RegionFact,
-    Turn,
-    around,
     by_size,
-    make_turns,
-    position,
     say_image,
     say_list,
-    templates,
-    turn_of,
-    yes_or_no,
 )
+from edgemed.training.facts import ImageFacts, RegionFact
+from edgemed.training.questions import around, templates
+from edgemed.training.tasks import TASKS, Turn, make_turns, turn_of, yes_or_no
 
 LIVER, BLADDER, POLYP = 0, 15, 41
 FACTS = ImageFacts(
