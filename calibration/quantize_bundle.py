@@ -40,6 +40,7 @@ from edgemed.calibration.weight_only import WeightPlan, quantize_weights
 from edgemed.errors import BundleError, CannotWrite, InvalidInput
 from edgemed.families import open_family
 from edgemed.graphs import GraphSpec
+from edgemed.triton_kernels.head_file import KERNELS
 
 Named = Literal["int8", "fp8", "int4", "auto"]
 """int8, fp8: vision encoder and decoder; a decoder in int8 has 8-bit weights alone. int4: the decoder's weights, and
@@ -426,8 +427,11 @@ class _Work:
     ) -> Bundle:
         manifest = self.bundle.manifest
         files: dict[str, bytes | Path] = {}
+        kernels = f"{KERNELS}/"  # their head is that of the decoder as it was
+        if any(name.startswith(kernels) for name in manifest.files):
+            self.options.tell("the kernels are left out: run edgemed compile --backend triton on the new bundle")
         for name in manifest.files:
-            if not name.startswith("graphs/") and name not in (REPORT, PLAN, TABLE):
+            if not name.startswith(("graphs/", kernels)) and name not in (REPORT, PLAN, TABLE):
                 files[name] = self.bundle.file(name)
         precision, graphs = dict(manifest.precision), dict(manifest.graphs)
         for role in manifest.graphs:

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from edgemed.bundle import Bundle, list_bundles, open_bundle
+from edgemed.bundle import Bundle, list_bundles, open_bundle, write_bundle
 from edgemed.calibration import quantize_bundle as quantize_bundle_module
 from edgemed.calibration.gates import Gates
 from edgemed.calibration.plan import QuantPlan, plan_from_toml
@@ -225,6 +225,19 @@ def test_a_killed_quantization_leaves_no_bundle(
     assert not (home / "small").exists()
     monkeypatch.setenv("EDGEMED_HOME", str(tmp_path / "home"))
     assert [listed.name for listed in list_bundles()] == ["nano"]
+
+
+def test_the_head_of_the_old_decoder_is_left_out(tmp_path: Path, published_bundle: Published) -> None:
+    source, told = published_bundle("medplib-tiny"), []
+    manifest = source.manifest
+    files = {name: source.file(name) for name in manifest.files} | {"kernels/head.fp16.values.npy": b"old"}
+    compiled = write_bundle(
+        tmp_path / "compiled", name="compiled", family=manifest.family, graphs=manifest.graphs, files=files,
+        precision=manifest.precision, settings=manifest.settings,
+    )  # fmt: skip
+    made = quantized(compiled, tmp_path, QuantPlan({"projector": "int8-weights"}), tell=told.append)
+    assert not any(name.startswith("kernels/") for name in made.manifest.files)
+    assert "the kernels are left out: run edgemed compile --backend triton on the new bundle" in told
 
 
 def test_graphs_that_the_manifest_describes_are_what_is_written(tmp_path: Path, published_bundle: Published) -> None:
