@@ -136,7 +136,7 @@ def _add_head(bundle: Bundle, folder: Path) -> str:
             "the decoder of this bundle computes its logits itself, so that no session will use the kernels: export "
             "the checkpoint again with --target tensorrt"
         )
-    head = packed_head(bundle.graph_path("decoder"), bundle.manifest.precision.get("decoder", ""))
+    head = packed_head(bundle.graph_path("decoder"))
     check_head(head)
     write_head(folder, head)
     return f"the head for the kernels is {head.format}, {head.rows} x {head.width}"

@@ -19,19 +19,21 @@ from edgemed.blocks import unpack_rows
 from edgemed.errors import BundleError
 from edgemed.triton_kernels.weights import Matrix, pack
 
-HEAD_FORMATS = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
-"""Precision of a bundle's decoder -> format of the head that kernels read; fp16 for all others, which loses nothing."""
+HEAD_FORMATS = {"int8": "int8", "uint8": "int8", "int4": "int8", "float8_e4m3fn": "fp8"}
+"""Type in which a graph stores its head -> format in which kernels read it; fp16 for all others. Quantization may have
+left the head as it was: kernels are not to round what the gates kept."""
 
 _PASSES_ON = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Gather", "Reshape")
 """Operators between the hidden states and the product, whose first input is what they pass on."""
 
 
-def packed_head(graph: Path, precision: str) -> Matrix:
-    """Return the head of a decoder's graph in the format that belongs to the decoder's precision.
+def packed_head(graph: Path) -> Matrix:
+    """Return the head of a decoder's graph in the format that belongs to how the graph stores it.
 
     Raises BundleError as `head_matrix`.
     """
-    return pack(head_matrix(graph), HEAD_FORMATS.get(precision, "fp16"))
+    matrix, stored = _read_head(graph)
+    return pack(matrix, HEAD_FORMATS.get(stored, "fp16"))
 
 
 def head_matrix(graph: Path) -> npt.NDArray[np.float32]:
@@ -39,6 +41,11 @@ def head_matrix(graph: Path) -> npt.NDArray[np.float32]:
 
     Raises BundleError where the graph computes its logits in another way.
     """
+    return _read_head(graph)[0]
+
+
+def _read_head(graph: Path) -> tuple[npt.NDArray[np.float32], str]:
+    """Return (the matrix, the type in which it is stored)."""
     model = onnx.load(graph, load_external_data=False)
     made = {output: node for node in model.graph.node for output in node.output}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -50,21 +57,26 @@ def head_matrix(graph: Path) -> npt.NDArray[np.float32]:
     if _source(product.input[0], made) != _source("hidden", made):
         raise _unknown(graph, "what is multiplied is not the output `hidden`")
 
+    types: list[str] = []  # of what was read, the values before their scales
+
     def read(name: str) -> npt.NDArray[Any]:
         tensor = stored[name]
         if uses_external_data(tensor):
             load_external_data_for_tensor(tensor, str(graph.parent))
-        return np.asarray(numpy_helper.to_array(tensor))
+        array = np.asarray(numpy_helper.to_array(tensor))
+        types.append(array.dtype.name)
+        return array
 
     if product.op_type == "MatMul":
-        return np.ascontiguousarray(_weight(product.input[1], made, read, graph).T, np.float32)
+        matrix = np.ascontiguousarray(_weight(product.input[1], made, read, graph).T, np.float32)
+        return matrix, types[0]
     how = {a.name: helper.get_attribute_value(a) for a in product.attribute}
     if len(product.input) > 3 and any(product.input[3:]):
         raise _unknown(graph, "its blocks have zero points")
     blocks = -(-how["K"] // how["block_size"])
     packed = read(product.input[1]).reshape(how["N"], blocks, -1)
     scales = read(product.input[2]).reshape(how["N"], blocks).astype(np.float32)
-    return np.ascontiguousarray(unpack_rows(packed, scales, how["bits"])[:, : how["K"]], np.float32)
+    return np.ascontiguousarray(unpack_rows(packed, scales, how["bits"])[:, : how["K"]], np.float32), types[0]
 
 
 def _source(name: str, made: dict[str, onnx.NodeProto]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -66,9 +67,8 @@ def test_hidden_times_the_head_are_the_logits(made: Made, family: str, decoder: 
     # The graph rounds hidden states and products to float16; onnxruntime those of integers to 8 bits.
     tolerance = {"fp32": 1e-5, "auto": 0.02}.get(decoder, 0.15)
     np.testing.assert_allclose(hidden @ matrix.T, logits, atol=tolerance)
-    assert packed_head(bundle.graph_path("decoder"), bundle.manifest.precision["decoder"]).format == (
-        "int8" if decoder in ("int8", "int4") else "fp16"
-    )
+    expected = "int8" if decoder in ("int8", "int4") else "fp16"
+    assert packed_head(bundle.graph_path("decoder")).format == expected
 
 
 @pytest.mark.parametrize("name", ["nano"])
@@ -128,6 +128,28 @@ def test_a_decoder_that_computes_its_logits_keeps_its_head(tmp_path: Path, monke
     made = with_kernels(nano, tmp_path / "copy", tell=told.append)
     assert "no session will use the kernels: export the checkpoint again with --target tensorrt" in told[0]
     assert not any(map(is_head, made.manifest.files))
+
+
+@compact
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_head_that_quantization_kept_is_not_rounded(made: Made, tmp_path: Path, rounded: bool) -> None:
+    """Pairs of fp8 around the head's weights, or around those of another product alone."""
+    model = onnx.load(made("medrega-tiny").graph_path("decoder"))
+    products = {node.output[0]: node for node in model.graph.node if node.op_type == "MatMul"}
+    head = next(product for name, product in products.items() if name.startswith("logits"))
+    site = head if rounded else next(product for product in products.values() if product is not head)
+    weight = next(t for t in model.graph.initializer if t.name == site.input[1])
+    values = onnx.numpy_helper.to_array(weight)
+    scale = (np.abs(values).max() / 448).astype(np.float16)
+    fp8 = onnx.numpy_helper.from_array((values / scale).astype(ml_dtypes.float8_e4m3fn), "rounded")
+    model.graph.initializer.extend([fp8, onnx.numpy_helper.from_array(scale, "scale")])
+    model.graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", ["rounded", "scale"], ["dequantized"]))
+    site.input[1] = "dequantized"
+    onnx.save(model, tmp_path / "d.onnx")
+    packed = packed_head(tmp_path / "d.onnx")
+    assert packed.format == ("fp8" if rounded else "fp16")
+    before = head_matrix(made("medrega-tiny").graph_path("decoder"))
+    np.testing.assert_allclose(packed.to_float32(), before, atol=0.1 if rounded else 1e-3)
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
