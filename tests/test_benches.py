@@ -19,5 +19,10 @@ def test_what_a_benchmark_imports_is_there(path: Path, monkeypatch: pytest.Monke
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, path.stem, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":  # what bench_smollm2 alone reads its weights with
+            raise
+        pytest.skip("gguf is not installed")
     assert callable(module.main)

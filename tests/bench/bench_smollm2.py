@@ -32,8 +32,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import onnx
-from bench_decoder import bandwidth, bytes_per_step, processor
+from bench_decoder import bandwidth, bytes_per_step
 from gguf_llama import GgufLlama, permuted, read_gguf, reference_logits, unpacked, wheel_text
+from machine import processor
 from safetensors.numpy import save_file
 
 from edgemed.backends import open_runner
