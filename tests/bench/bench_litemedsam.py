@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from bench_decoder import processor
+from machine import processor
 
 from edgemed.calibration.equalize import equalized, sample_rows, to_equalize
 from edgemed.calibration.graph_run import GraphRun
