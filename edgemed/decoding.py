@@ -273,10 +273,8 @@ class _Walk(Generic[State]):
         for position, allowed in enumerate(masks, start):
             if allowed is None:
                 continue
-            numbers = self._options.box_head and np.count_nonzero(allowed[self.numbers.ids]) == np.count_nonzero(
-                allowed
-            )
-            (box_at if numbers else text_at).append(position)
+            boxed = self._options.box_head and self.numbers.are_all_of(allowed)
+            (box_at if boxed else text_at).append(position)
         return Asked(text_at, box_at)
 
     def rows(self, out: Outputs, asked: Asked, start: int, count: int) -> list[NextToken | None]:
