@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from pathlib import Path
 
 from edgemed.config import read_settings
 from edgemed.errors import CannotRead, CannotWrite, EdgemedError
 from edgemed.manifest import MANIFEST
+from edgemed.user_folders import own_folder
 
 EMBEDDED = Path(__file__).with_name("bundles")
 
 
 def user_folder() -> Path:
     """Return the folder of installed bundles: $EDGEMED_HOME/bundles, else the platform's place for user data."""
-    if home := os.environ.get("EDGEMED_HOME"):
-        return Path(home) / "bundles"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "edgemed" / "bundles"
+    return own_folder("data") / "bundles"
 
 
 def shared_setting() -> Path | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgemed.errors import CannotRead, EdgemedError
+from edgemed.user_folders import own_folder
 
 _MAX_BYTES = 1 << 20
 Kind = Literal["flag", "number", "decimal", "text", "texts", "path", "secret"]
@@ -131,13 +132,7 @@ def system_file() -> Path:
 
 
 def _places() -> tuple[Path, Path]:
-    if home := os.environ.get("EDGEMED_HOME"):
-        own = Path(home)
-    elif sys.platform == "win32":
-        own = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "edgemed"
-    else:
-        own = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "edgemed"
-    return system_file(), own / "config.toml"
+    return system_file(), own_folder("settings") / "config.toml"
 
 
 def read_settings(options: Mapping[str, Any] | None = None) -> dict[str, Value]:

@@ -107,9 +107,8 @@ def run_both(
     last: dict[str, Feeds] = {}
 
     def run_ours(role: str, feeds: Feeds) -> Feeds:
-        asked = (
-            every_logit(specs[role], 1) if role == "decoder" else {}
-        )  # theirs may have a whole head, ours a split one
+        # Theirs may have a whole head, ours a split one.
+        asked = every_logit(specs[role], 1) if role == "decoder" else {}
         return ours[role].run({**feeds, **asked})
 
     def both(role: str, feeds: Feeds) -> Feeds:

@@ -6,6 +6,7 @@ weights of the head alone. Does not cover the kernels' formats (`triton_kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from edgemed.blocks import unpack_rows
 from edgemed.errors import BundleError
 from edgemed.triton_kernels.weights import Matrix, pack
 
-HEAD_FORMATS = {"int8": "int8", "uint8": "int8", "int4": "int8", "float8_e4m3fn": "fp8"}
+_FORMATS = {"int8": "int8", "uint8": "int8", "int4": "int8", "float8_e4m3fn": "fp8"}
 """Type in which a graph stores its head -> format in which kernels read it; fp16 for all others. Quantization may have
 left the head as it was: kernels are not to round what the gates kept."""
 
 _PASSES_ON = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Gather", "Reshape")
 """Operators between the hidden states and the product, whose first input is what they pass on."""
+
+Read = Callable[[str], npt.NDArray[Any]]
+"""Name of a stored tensor -> its value."""
 
 
 def packed_head(graph: Path) -> Matrix:
@@ -33,7 +37,7 @@ def packed_head(graph: Path) -> Matrix:
     Raises BundleError as `head_matrix`.
     """
     matrix, stored = _read_head(graph)
-    return pack(matrix, HEAD_FORMATS.get(stored, "fp16"))
+    return pack(matrix, _FORMATS.get(stored, "fp16"))
 
 
 def head_matrix(graph: Path) -> npt.NDArray[np.float32]:
@@ -86,7 +90,7 @@ def _source(name: str, made: dict[str, onnx.NodeProto]) -> str:
     return name
 
 
-def _weight(name: str, made: dict[str, onnx.NodeProto], read: Any, graph: Path) -> npt.NDArray[Any]:
+def _weight(name: str, made: dict[str, onnx.NodeProto], read: Read, graph: Path) -> npt.NDArray[Any]:
     """Return the value of a weight, through what turns its stored form into numbers."""
     if name not in made:
         return np.asarray(read(name))

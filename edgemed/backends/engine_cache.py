@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import stat
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from edgemed.errors import BundleError, CannotRead, CannotWrite
+from edgemed.user_folders import own_folder
 
 MAGIC = b"edgemed engine 1\n"
 _MAX_HEADER = 1 << 16
@@ -62,15 +62,7 @@ def engines_folder() -> Path:
 
     What `edgemed compile -o FOLDER` wrote elsewhere is used once its files are copied here.
     """
-    if home := os.environ.get("EDGEMED_HOME"):
-        return Path(home) / "engines"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "edgemed" / "engines"
+    return own_folder("cache") / "engines"
 
 
 def write_cached(folder: str | Path, key: EngineKey, engine: bytes) -> Path:

@@ -56,7 +56,6 @@ NOTICE: Mapping[Language, str] = {
 """What goes with an answer where the bundle's settings bring no `notice` of their own."""
 
 _VISIBLE = 0.5
-
 """From this presence on the projector's proposal counts as found; the language model is trained with the same."""
 _SEEN, _BEGUN = 2, 0.003
 """Of a structure that is not visible a place is begun, and taken back, mostly where so many others are visible and its

@@ -66,7 +66,7 @@ class Turn:
     task: str = ""
 
 
-_SYLLABLES = [
+_SYLLABLES = (
     "ba",
     "cor",
     "del",
@@ -100,7 +100,7 @@ _SYLLABLES = [
     "oid",
     "ula",
     "ium",
-]
+)
 _ZH_BITS = tuple("海马甲状子宫卵巢睾丸阑尾食管气喉咽舌牙腮颌颅骨小桥延丘垂体松果额颞枕视黄斑晶角膜内耳鼻颈锁胸乳膝踝腕")
 _GENERIC_TUMOUR: dict[Language, tuple[str, ...]] = {
     "en": ("a tumour", "a tumor", "the tumour", "the tumor", "tumor"),
