@@ -1,15 +1,22 @@
 #!/bin/sh
 # The long forms of the robustness tests: 100,000 fuzzed inputs, every n of every fault loop, the tests marked slow.
 #
-#   sh packaging/nightly.sh [INPUTS] [SEED]      in an environment with edgemed[dev]; about seven minutes on two cores
+#   sh packaging/nightly.sh [INPUTS] [SEED]      about seven minutes on two cores
 #
+# PYTHON: one with edgemed[dev]; default: .venv/bin/python as `check.py` leaves it, else python3.
 # The seed is the date unless it is given, so that each night draws other inputs. Inputs that are findings, or that
 # crashed a decoder in its child, are kept in .cache/fuzz. Exit code 0 only if nothing was found.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 inputs=${1:-100000}
 seed=${2:-$(date +%Y%m%d)}
-python=${PYTHON:-python3}
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+python=${PYTHON:-$python}
+if ! "$python" -c "import edgemed, hypothesis, pynetdicom, pytest" 2>/dev/null; then
+    echo "$python has no edgemed[dev]; run python3 packaging/check.py first, or name another with PYTHON" >&2
+    exit 1
+fi
 export EDGEMED_NIGHTLY=1 OMP_NUM_THREADS=1
 failed=""
 
